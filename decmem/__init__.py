@@ -1,0 +1,3 @@
+"""decmem: worlds that remember."""
+
+__version__ = "0.1.0"
