@@ -1,1 +1,1 @@
-"""evaluation."""
+"""What a roll-out is worth: measures, yardsticks, the paper's windows, and the demo's pictures."""
