@@ -1,0 +1,54 @@
+# Thin calls; everything they need is installed into .venv. Python 3.11 or newer is the only need.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Two workers with one thread each: more threads than cores make every tensor operation slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench test-library test-interpreter test-compiled format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+
+demo: $(VENV)/.installed-play ## a remembered walk, side by side with the truth, in out/demo
+	$(BIN)/decmem demo
+
+test: check test-library test-interpreter test-compiled ## everything that CI runs
+
+check: $(VENV)/.installed-dev ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+test-library: $(VENV)/.installed-dev ## all tests, array shapes checked at run time
+	$(PYTEST) -n $(WORKERS) --durations=15 -m "not interpreter"
+
+test-interpreter: $(VENV)/.installed-dev ## the Triton kernels, interpreted on the CPU
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter --durations=5
+
+test-compiled: $(VENV)/.installed-dev ## torch.compile, which the run-time shape checks would break
+	$(PYTEST) --no-shape-checks tests/compiled --durations=5
+
+bench: $(VENV)/.installed-play ## time the parts; the JSON goes to benchmarks/results
+	$(BIN)/decmem bench
+
+format: $(VENV)/.installed-dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and every cache
+	rm -rf $(VENV) build out .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is too old; install Python 3.11 or newer, or set PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
