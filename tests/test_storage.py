@@ -51,10 +51,14 @@ def test_nothing_is_left_of_a_failure(opener, error: BaseException, tmp_path: Pa
 def test_failure_keeps_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
-    with pytest.raises(UserError, match=r"report\.json: the disk is full\. free some space"):
+
+    def fail() -> None:
         with atomic_file(path) as temporary:
             temporary.write_text("new")
             raise disk_full()
+
+    with pytest.raises(UserError, match=r"report\.json: the disk is full\. free some space"):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,0 +1,51 @@
+"""How the tests run: shapes checked at run time, one thread, hardware tests by predicate."""
+
+import os
+
+# Before torch, numba or numpy are imported: tests run in parallel, each with one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+
+COMPILED = Path(__file__).parent / "compiled"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-shape-checks",
+        action="store_true",
+        help="do not check array shapes at run time; needed by tests/compiled, because the "
+        "checks break torch.compile",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--no-shape-checks"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook("decmem", "beartype.beartype")
+
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    checked = not config.getoption("--no-shape-checks")
+    return True if checked and collection_path.is_relative_to(COMPILED) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    not_interpreted = pytest.mark.skip(
+        reason="TRITON_INTERPRET=1 must be set: make test-interpreter"
+    )
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("interpreter") and os.environ.get("TRITON_INTERPRET") != "1":
+            item.add_marker(not_interpreted)
