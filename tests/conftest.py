@@ -25,7 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--no-shape-checks"):
         from jaxtyping import install_import_hook
 
-        install_import_hook("decmem", "beartype.beartype")
+        # The tower lets an int stand where a float is asked for, as type checkers do.
+        checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+        install_import_hook("decmem", checker)
 
     import torch
 
