@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +21,9 @@ from decmem.errors import UserError
 from decmem.storage import atomic_file
 
 logger = logging.getLogger(__name__)
+
+# The AV1 encoder prints its settings on stderr unless told to report errors only.
+os.environ.setdefault("SVT_LOG", "1")
 
 VideoCodec = Literal["h264", "vp9", "av1", "ffv1"]
 
