@@ -1,1 +1,37 @@
-"""memory."""
+"""The paper's subject: the bank, the decoupled memory, and its rivals on the same seam."""
+
+from typing import Literal
+
+from decmem.memory.bank import Bank
+from decmem.memory.base import Memory, MemoryConfig, Reading, Recall
+from decmem.memory.decoupled import DecoupledMemory
+from decmem.memory.layout import TokenLayout
+from decmem.memory.plan import Plan, Reach, bank_plan, training_plan
+from decmem.memory.position import PositionConfig
+from decmem.memory.windowed import WindowMemory
+
+MemoryName = Literal["decoupled", "window", "dense"]
+
+MEMORIES: dict[str, type[Memory]] = {
+    "decoupled": DecoupledMemory,
+    "window": WindowMemory,
+    "dense": WindowMemory,
+}
+
+__all__ = [
+    "MEMORIES",
+    "Bank",
+    "DecoupledMemory",
+    "Memory",
+    "MemoryConfig",
+    "MemoryName",
+    "Plan",
+    "PositionConfig",
+    "Reach",
+    "Reading",
+    "Recall",
+    "TokenLayout",
+    "WindowMemory",
+    "bank_plan",
+    "training_plan",
+]

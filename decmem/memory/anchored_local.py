@@ -1,0 +1,34 @@
+"""Anchored Local Memory: attention over the last latents only (section 3.3, figure 4).
+
+The stable base of the decoupled memory: a short window keeps the distribution concentrated.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from decmem.memory.layout import TokenLayout
+from decmem.ops.window import WindowBackend, WindowTable, window_attention
+
+
+class AnchoredLocalMemory(nn.Module):
+    """Sliding-window attention; who sees whom comes as a table over latents."""
+
+    def __init__(self, layout: TokenLayout, backend: WindowBackend = "auto") -> None:
+        super().__init__()
+        self.layout = layout
+        self.backend: WindowBackend = backend
+
+    def _valid(self, device: torch.device) -> Bool[Tensor, "S"] | None:
+        valid = self.layout.valid
+        return None if valid is None else valid.flatten().to(device)
+
+    def forward(
+        self,
+        q: Float[Tensor, "B H T S D"],
+        k: Float[Tensor, "B H window S D"],
+        v: Float[Tensor, "B H window S D"],
+        windows: WindowTable,
+    ) -> Float[Tensor, "B H T S D"]:
+        """o_alm."""
+        return window_attention(q, k, v, windows, self._valid(q.device), self.backend)

@@ -1,0 +1,103 @@
+"""How the tokens of a latent are stored: block by block, padded to one capacity."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decmem.errors import UserError
+
+
+def _edges(length: int, parts: int) -> list[int]:
+    """Boundaries of `parts` runs whose lengths differ by at most one, longer ones first."""
+    size, rest = divmod(length, parts)
+    edges = [0]
+    for part in range(parts):
+        edges.append(edges[-1] + size + (part < rest))
+    return edges
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Splits a token grid into `blocks` = (rows, columns) non-overlapping blocks (figure 1c).
+
+    All blocks get the same number of slots: the largest block's tokens, rounded up to a multiple
+    of 16 where blocks differ. 22 x 40 tokens in 2 x 3 blocks hold 154, 143 or 143 of 160 slots.
+    """
+
+    grid: tuple[int, int]
+    blocks: tuple[int, int] = (2, 3)
+
+    def __post_init__(self) -> None:
+        if any(b < 1 or b > g for b, g in zip(self.blocks, self.grid, strict=True)):
+            raise UserError(
+                "blocks",
+                f"{self.blocks} blocks do not fit a grid of {self.grid} tokens",
+                "Use at most one block per token in each direction",
+            )
+
+    @cached_property
+    def _members(self) -> list[list[int]]:
+        rows, columns = (_edges(g, b) for g, b in zip(self.grid, self.blocks, strict=True))
+        return [
+            [y * self.grid[1] + x for y in range(top, bottom) for x in range(left, right)]
+            for top, bottom in zip(rows, rows[1:], strict=False)
+            for left, right in zip(columns, columns[1:], strict=False)
+        ]
+
+    @property
+    def M(self) -> int:
+        """Blocks of a latent."""
+        return self.blocks[0] * self.blocks[1]
+
+    @cached_property
+    def P(self) -> int:
+        """Token slots of a block."""
+        sizes = {len(m) for m in self._members}
+        return sizes.pop() if len(sizes) == 1 else -(-max(sizes) // 16) * 16
+
+    @property
+    def S(self) -> int:
+        """Token slots of a latent."""
+        return self.M * self.P
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a latent."""
+        return self.grid[0] * self.grid[1]
+
+    @cached_property
+    def slots(self) -> Int[Tensor, "S"]:
+        """Raster index of the token in each slot; padding repeats the block's first token."""
+        return torch.tensor([i for m in self._members for i in m + [m[0]] * (self.P - len(m))])
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, "M P"] | None:
+        """Slots that hold a token, or None when all do."""
+        counts = torch.tensor([len(m) for m in self._members])
+        if bool((counts == self.P).all()):
+            return None
+        return torch.arange(self.P) < counts[:, None]
+
+    @cached_property
+    def raster(self) -> Int[Tensor, "tokens"]:
+        """Slot of each token in raster order."""
+        slot = torch.empty(self.tokens, dtype=torch.long)
+        for block, members in enumerate(self._members):
+            slot[torch.tensor(members)] = block * self.P + torch.arange(len(members))
+        return slot
+
+    @cached_property
+    def coordinates(self) -> Int[Tensor, "S 2"]:
+        """(row, column) of each slot on the token grid."""
+        return torch.stack((self.slots // self.grid[1], self.slots % self.grid[1]), dim=-1)
+
+    def arrange(self, x: Float[Tensor, "*batch tokens C"]) -> Float[Tensor, "*batch S C"]:
+        """Raster order to block order."""
+        return x.index_select(-2, self.slots.to(x.device))
+
+    def restore(self, x: Float[Tensor, "*batch S C"]) -> Float[Tensor, "*batch tokens C"]:
+        """Block order to raster order; padding is dropped."""
+        return x.index_select(-2, self.raster.to(x.device))

@@ -1,0 +1,136 @@
+"""Who may see whom: the tables a pass of the model is run with.
+
+A *pool* is what a layer's memory reads: the sequence itself in training ([clean | noisy ...]), or
+the bank followed by the chunk at work in a roll-out. Both come down to two tables over latents,
+so training, prefill, denoising and the write pass are one code path.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from decmem.errors import UserError
+from decmem.ops.window import WindowTable
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a chunk may see.
+
+    Args:
+        window: latents of the local window; None sees all history.
+        window_includes_chunk: count the chunk's own latents into the window (figure 4) rather
+            than adding them to it.
+        own_candidates: the chunk's own blocks compete in the retrieval (figure 4); else history.
+        write_chunk: latents that see each other in the clean stream, that is in the pass that
+            writes the bank. 0 means the chunk the noisy stream uses (the paper); 1 makes the
+            bank independent of the chunk size.
+    """
+
+    window: int | None = 8
+    window_includes_chunk: bool = False
+    own_candidates: bool = False
+    write_chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tables of one pass.
+
+    Attributes:
+        windows: local visibility; its columns are pool latents from `window_first` on.
+        window_first: first pool latent any window reaches.
+        candidates: (Tq, Tk) bool, blocks of pool latents that may be retrieved.
+        history: latents of the pool that lie before the pass's own (0 in training).
+        predicted: first query latent whose velocity is wanted.
+    """
+
+    windows: WindowTable
+    window_first: int
+    candidates: Bool[Tensor, "Tq Tk"]
+    history: int = 0
+    predicted: int = 0
+    _forms: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def block_candidates(self, blocks: int, device: torch.device) -> Bool[Tensor, "Nq Nk"]:
+        """`candidates` for `blocks` blocks a latent."""
+        if (blocks, device) not in self._forms:
+            table = self.candidates.to(device)
+            self._forms[blocks, device] = table.repeat_interleave(blocks, 0).repeat_interleave(
+                blocks, 1
+            )
+        return self._forms[blocks, device]
+
+
+def _chunk_rows(reach: Reach, start: int, end: int, pool: int) -> tuple[Tensor, Tensor]:
+    """Local row and candidate row of a chunk [start, end) over clean pool latents."""
+    index = torch.arange(pool)
+    if reach.window is None:
+        first = 0
+    else:
+        first = (end if reach.window_includes_chunk else start) - reach.window
+    local = (index >= min(first, start)) & (index < end)
+    candidates = index < (end if reach.own_candidates else start)
+    return local, candidates
+
+
+def _plan(local: Tensor, candidates: Tensor, history: int, predicted: int) -> Plan:
+    first = int(local.any(0).nonzero()[0])
+    return Plan(WindowTable(local[:, first:]), first, candidates, history, predicted)
+
+
+@lru_cache(maxsize=64)
+def training_plan(reach: Reach, latents: int, chunk: int, noisy_streams: int = 1) -> Plan:
+    """Teacher forcing with all chunks in parallel: the sequence [clean | noisy | ...].
+
+    A clean chunk sees clean latents only. A noisy chunk sees the clean latents before it and
+    itself, never its own clean version.
+    """
+    write = reach.write_chunk or chunk
+    if latents % chunk or chunk % write:
+        raise UserError(
+            "chunk",
+            f"chunks of {chunk} do not divide {latents} latents, or {write} does not divide it",
+            "Choose a number of latents that is a multiple of the chunk, and the chunk of write_chunk",
+        )
+    total = latents * (1 + noisy_streams)
+    local = torch.zeros(total, total, dtype=torch.bool)
+    candidates = torch.zeros(total, total, dtype=torch.bool)
+    for start in range(0, latents, write):
+        rows = slice(start, start + write)
+        local[rows, :latents], candidates[rows, :latents] = _chunk_rows(
+            reach, start, start + write, latents
+        )
+    for stream in range(1, noisy_streams + 1):
+        for start in range(0, latents, chunk):
+            past, retrievable = _chunk_rows(reach, start, start + chunk, latents)
+            own = slice(start, start + chunk)
+            noisy = slice(stream * latents + start, stream * latents + start + chunk)
+            past[own] = False
+            local[noisy, :latents] = past
+            local[noisy, noisy] = True
+            if reach.own_candidates:
+                retrievable[own] = False
+                candidates[noisy, noisy] = True
+            candidates[noisy, :latents] = retrievable
+    return _plan(local, candidates, 0, latents)
+
+
+def bank_plan(reach: Reach, history: int, latents: int, chunk: int) -> Plan:
+    """The chunk(s) at work behind `history` latents of a bank.
+
+    Denoising passes one chunk (`latents == chunk`); the write pass and the prefill pass any
+    number of latents in chunks of `chunk`.
+    """
+    pool = history + latents
+    local = torch.zeros(latents, pool, dtype=torch.bool)
+    candidates = torch.zeros(latents, pool, dtype=torch.bool)
+    for start in range(0, latents, chunk):
+        end = min(start + chunk, latents)
+        local[start:end], candidates[start:end] = _chunk_rows(
+            reach, history + start, history + end, pool
+        )
+    return _plan(local, candidates, history, 0)

@@ -1,0 +1,146 @@
+"""Multimodal position embedding (section 3.5, appendix A.3): camera, space and time groups.
+
+R = diag(R_cam, R_sp, R_tem) over the channels of a head. Queries and keys carry all three,
+values and outputs camera and space only (eq. 5, 12, 13).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decmem.errors import UserError
+from decmem.ops.projective import projective_matrices, transform_quads
+from decmem.ops.rotary import rotary_angles, rotate_pairs
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """Channels of a head and their scales.
+
+    Args:
+        camera, space, time: channels of the groups; their sum is the head dimension.
+        space_base, time_base: rotary bases.
+        metre: weight of one metre in the projective matrices. Matters: logits grow with distance.
+        reach: metres; cameras farther than this from the anchor are drawn in to it, which bounds
+            the logits however long the walk. 0 switches it off.
+        global_time: the retrieval sees the time group. Off, a place remembered an hour ago is as
+            easy to read as one remembered a second ago.
+    """
+
+    camera: int = 24
+    space: int = 24
+    time: int = 24
+    space_base: float = 10_000.0
+    time_base: float = 10_000.0
+    metre: float = 1 / 12
+    reach: float = 0.0
+    global_time: bool = True
+
+    def __post_init__(self) -> None:
+        if self.camera % 4 or self.space % 4 or self.time % 2:
+            raise UserError(
+                "position",
+                f"groups of {self.camera}, {self.space}, {self.time} channels",
+                "Use multiples of 4 for camera and space, of 2 for time",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.camera + self.space + self.time
+
+
+class Position(NamedTuple):
+    """Rotations of the latents of one pass, ready to apply; layers share it."""
+
+    projection: Float[Tensor, "B 1 T 1 4 4"]
+    unprojection: Float[Tensor, "B 1 T 1 4 4"]
+    space: Float[Tensor, "S pairs"]
+    time: Float[Tensor, "T 1 pairs"]
+
+
+def draw_in(
+    world_to_camera: Float[Tensor, "*shape 4 4"], reach: float
+) -> Float[Tensor, "*shape 4 4"]:
+    """Moves cameras farther than `reach` from the origin towards it, orientation unchanged."""
+    if not reach:
+        return world_to_camera
+    rotation, translation = world_to_camera[..., :3, :3], world_to_camera[..., :3, 3]
+    shrink = (reach / translation.norm(dim=-1).clamp(min=1e-6)).clamp(max=1.0)
+    drawn = torch.cat((rotation, (translation * shrink[..., None])[..., None]), dim=-1)
+    return torch.cat((drawn, world_to_camera[..., 3:, :]), dim=-2)
+
+
+def camera_matrices(
+    config: PositionConfig,
+    world_to_camera: Float[Tensor, "*shape 4 4"],
+    lens: Float[Tensor, "*shape 4"],
+) -> tuple[Float[Tensor, "*shape 4 4"], Float[Tensor, "*shape 4 4"]]:
+    """R_cam's 4x4 matrices and their inverses; cameras are given relative to the anchor."""
+    drawn = draw_in(world_to_camera.float(), config.reach)
+    weight = drawn.new_ones(4)
+    weight[3] = config.metre
+    scaled = torch.cat((drawn[..., :3, :] * weight, drawn[..., 3:, :]), dim=-2)
+    return projective_matrices(scaled, lens)
+
+
+def make_position(
+    config: PositionConfig,
+    world_to_camera: Float[Tensor, "B T 4 4"],
+    lens: Float[Tensor, "B T 4"],
+    time: Int[Tensor, "T"],
+    coordinates: Int[Tensor, "S 2"],
+) -> Position:
+    """Rotations for latents with these cameras (relative to the anchor), indices and patches."""
+    projection, unprojection = camera_matrices(config, world_to_camera, lens)
+    row, column = (
+        rotary_angles(c, config.space // 2, config.space_base) for c in coordinates.unbind(-1)
+    )
+    return Position(
+        projection[:, None, :, None],
+        unprojection[:, None, :, None],
+        torch.cat((column, row), dim=-1),
+        time_angles(config, time),
+    )
+
+
+def time_angles(config: PositionConfig, time: Int[Tensor, "T"]) -> Float[Tensor, "T 1 pairs"]:
+    """R_tem's angles of latents with these indices."""
+    return rotary_angles(time, config.time, config.time_base)[:, None]
+
+
+def _groups(config: PositionConfig, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    camera, space, time = x.split((config.camera, config.space, config.time), dim=-1)
+    return camera, space, time
+
+
+def encode_query(config: PositionConfig, position: Position, q: Tensor) -> Tensor:
+    """R_cs^T q (eq. 5 without time), fp32 inside."""
+    camera, space, time = _groups(config, q)
+    camera = transform_quads(camera, position.projection, transpose=True)
+    space = rotate_pairs(space, position.space, inverse=True)
+    return torch.cat((camera, space, time.float()), dim=-1).to(q.dtype)
+
+
+def encode_key(config: PositionConfig, position: Position, k: Tensor) -> Tensor:
+    """R_cs^-1 k (eq. 5 without time); the same for values (eq. 12), fp32 inside."""
+    camera, space, time = _groups(config, k)
+    camera = transform_quads(camera, position.unprojection)
+    space = rotate_pairs(space, position.space, inverse=True)
+    return torch.cat((camera, space, time.float()), dim=-1).to(k.dtype)
+
+
+def decode_output(config: PositionConfig, position: Position, o: Tensor) -> Tensor:
+    """R_cs o (eq. 13), fp32 inside."""
+    camera, space, time = _groups(config, o)
+    camera = transform_quads(camera, position.projection)
+    space = rotate_pairs(space, position.space)
+    return torch.cat((camera, space, time.float()), dim=-1).to(o.dtype)
+
+
+def encode_time(config: PositionConfig, x: Tensor, angles: Tensor) -> Tensor:
+    """R_tem^T on the time group of queries or keys (eq. 5), fp32 inside."""
+    rest, time = x.split((config.camera + config.space, config.time), dim=-1)
+    return torch.cat((rest, rotate_pairs(time, angles, inverse=True).to(x.dtype)), dim=-1)

@@ -1,0 +1,80 @@
+"""Sparse Global Memory: every block of the present reads the k blocks of the past it needs most.
+
+Section 3.3 and figure 4 of the paper. The cost of a chunk is bounded by k, not by the length of
+its history; only the pooled scores grow with it.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from decmem.memory.layout import TokenLayout
+from decmem.ops.block_sparse import Backend, block_sparse_attention
+from decmem.ops.selection import pool_blocks, select_blocks
+
+
+class SparseGlobalMemory(nn.Module):
+    """Retrieval of blocks over all history, then attention inside what was retrieved.
+
+    Args:
+        layout: how a latent's tokens are split into blocks.
+        retrieved: k, blocks read by each query block.
+        per_head: every head keeps its own list; else scores are summed over heads.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        retrieved: int,
+        per_head: bool,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.retrieved = retrieved
+        self.per_head = per_head
+        self.backend: Backend = backend
+
+    def blocks(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H N P D"]:
+        """Latents as the blocks they are stored in."""
+        return x.unflatten(3, (self.layout.M, self.layout.P)).flatten(2, 3)
+
+    def _valid(self, device: torch.device) -> Bool[Tensor, "M P"] | None:
+        valid = self.layout.valid
+        return None if valid is None else valid.to(device)
+
+    def pool(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H N D"]:
+        """Compress: the mean over a block's tokens."""
+        return pool_blocks(self.blocks(x), self._valid(x.device))
+
+    def retrieve(
+        self,
+        q: Float[Tensor, "B H T S D"],
+        pooled_keys: Float[Tensor, "B H Nk D"],
+        candidates: Bool[Tensor, "Nq Nk"],
+        retrieved: int | None = None,
+    ) -> Int[Tensor, "B G Nq K"]:
+        """Sparse retrieval: the context C_i of every query block."""
+        k = self.retrieved if retrieved is None else retrieved
+        return select_blocks(self.pool(q), pooled_keys, candidates, k, self.per_head)
+
+    def forward(
+        self,
+        q: Float[Tensor, "B H T S D"],
+        k: Float[Tensor, "B H pool S D"],
+        v: Float[Tensor, "B H pool S D"],
+        pooled_keys: Float[Tensor, "B H Nk D"],
+        candidates: Bool[Tensor, "Nq Nk"],
+        retrieved: int | None = None,
+    ) -> Float[Tensor, "B H T S D"]:
+        """o_sgm. Blocks without any candidate (the very first chunk) read zeros."""
+        lists = self.retrieve(q, pooled_keys, candidates, retrieved)
+        out = block_sparse_attention(
+            self.blocks(q),
+            self.blocks(k),
+            self.blocks(v),
+            lists,
+            valid=self._valid(q.device),
+            backend=self.backend,
+        )
+        return out.unflatten(2, (-1, self.layout.M)).flatten(3, 4)

@@ -1,0 +1,25 @@
+"""Window and dense attention: the local branch alone, with a short or an endless window."""
+
+from torch import Tensor
+
+from decmem.memory.anchored_local import AnchoredLocalMemory
+from decmem.memory.base import Memory, MemoryConfig, Reading
+from decmem.memory.layout import TokenLayout
+from decmem.memory.position import PositionConfig
+
+
+class WindowMemory(Memory):
+    """Attention over the plan's windows and nothing else.
+
+    With `Reach.window=None` this is dense attention, the first training stage of the paper.
+    """
+
+    def __init__(
+        self, config: MemoryConfig, position: PositionConfig, layout: TokenLayout, width: int
+    ) -> None:
+        super().__init__(config, position, layout)
+        self.local = AnchoredLocalMemory(layout)
+
+    def read(self, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, seen = self.window(reading, q, k)
+        return self.decode(reading, self.local(q, k, v[:, :, seen], reading.plan.windows))

@@ -1,0 +1,226 @@
+"""The world model: latents of a chunk in, their velocity out, steered by actions and cameras."""
+
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from decmem.errors import UserError
+from decmem.memory import (
+    Bank,
+    MemoryConfig,
+    MemoryName,
+    Plan,
+    PositionConfig,
+    Recall,
+    TokenLayout,
+)
+from decmem.memory.position import Position, make_position
+from decmem.model.block import Block
+from decmem.model.conditioning import (
+    RAY_FEATURES,
+    ActionFusion,
+    Conditions,
+    TimeEmbedding,
+    camera_centres,
+    patch_rays,
+    relative_to,
+)
+from decmem.model.linear import Linear, ScaledNorm
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the model; everything about it that weights depend on.
+
+    Args:
+        size: frame height and width in pixels. codec_stride, latent_channels: of the codec.
+        patch: latent cells per token and direction. blocks: rows and columns of blocks.
+        width, layers, ffn_multiple, time_width: of the network; heads = width / head dimension.
+        memory: which memory, with `reading` and `position` as its settings.
+        chunk: latents generated together. chunk_sizes: sizes trained with, mixed.
+        actions: columns of an action.
+        rays, patch_position: input features that tell a token its ray, its place in the frame.
+        qk_norm: normalise queries and keys per head.
+    """
+
+    size: tuple[int, int] = (128, 192)
+    codec_stride: int = 8
+    latent_channels: int = 32
+    patch: int = 2
+    blocks: tuple[int, int] = (2, 3)
+    width: int = 384
+    layers: int = 8
+    ffn_multiple: int = 4
+    time_width: int = 128
+    memory: MemoryName = "decoupled"
+    reading: MemoryConfig = field(default_factory=MemoryConfig)
+    position: PositionConfig = field(default_factory=PositionConfig)
+    chunk: int = 4
+    chunk_sizes: tuple[int, ...] = (4,)
+    actions: int = 6
+    rays: bool = True
+    patch_position: bool = True
+    qk_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width % self.position.head_dim:
+            raise UserError(
+                "width",
+                f"{self.width} is not a multiple of the head dimension {self.position.head_dim}",
+                "Choose width = heads * (camera + space + time channels)",
+            )
+        step = self.codec_stride * self.patch
+        if self.size[0] % step or self.size[1] % step:
+            raise UserError(
+                "size", f"{self.size} is not a multiple of {step} pixels", "Choose one that is"
+            )
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.position.head_dim
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.size[0] // self.codec_stride, self.size[1] // self.codec_stride
+
+    @property
+    def layout(self) -> TokenLayout:
+        h, w = self.latent_size
+        return TokenLayout((h // self.patch, w // self.patch), self.blocks)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stays the same over the denoising steps of a chunk.
+
+    Attributes:
+        features: (B, T, S, width) added to the tokens. position: rotations of the latents.
+        key_time: index of every pool latent.
+    """
+
+    features: Float[Tensor, "B T S width"]
+    position: Position
+    key_time: Tensor
+
+
+class WorldModel(nn.Module):
+    """Latent diffusion transformer with memory (section 3, appendix A.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layout = config.layout
+        width = config.width
+        self.patchify = Linear(config.latent_channels * config.patch**2, width)
+        self.time = TimeEmbedding(config.time_width)
+        self.action = ActionFusion(config.actions, width)
+        self.rays = Linear(RAY_FEATURES, width, bias=False) if config.rays else None
+        self.place = (
+            nn.Parameter(torch.zeros(self.layout.tokens, width)) if config.patch_position else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.time_width,
+                config.ffn_multiple,
+                config.memory,
+                config.reading,
+                config.position,
+                self.layout,
+                config.qk_norm,
+            )
+            for _ in range(config.layers)
+        )
+        self.head_norm = ScaledNorm(width, config.time_width)
+        self.head = Linear(width, config.latent_channels * config.patch**2)
+
+    def new_bank(
+        self,
+        anchor: Float[Tensor, "B 3"],
+        dtype: torch.dtype = torch.float32,
+        room: int = 64,
+    ) -> Bank:
+        """An empty bank for as many worlds as there are anchors, on the model's device."""
+        return Bank(
+            self.config.layers,
+            self.config.heads,
+            self.config.position,
+            self.layout,
+            len(anchor),
+            anchor,
+            dtype,
+            self.head.weight.device,
+            room,
+        )
+
+    def context(
+        self,
+        conditions: Conditions,
+        bank: Bank | None = None,
+        steered: Bool[Tensor, "B"] | None = None,
+        streams: int = 1,
+    ) -> Context:
+        """Features and rotations of these latents.
+
+        Cameras are taken relative to the bank's anchor, or to the middle of the clip in training.
+        `steered` False drops a sample's actions (their embedding becomes zero), for guidance.
+        `streams` repeats the latents: [clean | noisy ...] share cameras and actions.
+        """
+        if bank is None:
+            middle = conditions.cameras[:, conditions.cameras.shape[1] // 2]
+            anchor = camera_centres(middle)
+            key_time = conditions.time.repeat(streams)
+        else:
+            anchor = bank.anchor
+            key_time = torch.cat((bank.time.to(conditions.time.device), conditions.time))
+        cameras = relative_to(conditions.cameras, anchor.to(conditions.cameras.device))
+        coordinates = self.layout.coordinates.to(conditions.actions.device)
+        position = make_position(
+            self.config.position,
+            cameras.float().repeat(1, streams, 1, 1),
+            conditions.lens.repeat(1, streams, 1),
+            conditions.time.repeat(streams),
+            coordinates,
+        )
+        action = self.action(conditions.actions)
+        if steered is not None:
+            action = torch.where(steered[:, None, None], action, 0.0)
+        features = action[:, :, None]
+        if self.rays is not None:
+            rays = patch_rays(
+                conditions.world_to_camera, conditions.lens, coordinates, self.layout.grid
+            )
+            features = features + self.rays(rays)
+        if self.place is not None:
+            features = features + self.layout.arrange(self.place)
+        return Context(features.repeat(1, streams, 1, 1), position, key_time)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "B T C h w"],
+        t: Float[Tensor, "B T"],
+        context: Context,
+        plan: Plan,
+        bank: Bank | None = None,
+        recall: Recall = Recall(),
+    ) -> Float[Tensor, "B predicted C h w"]:
+        """Velocity of the latents from `plan.predicted` on, fp32.
+
+        With a bank, every layer stages its keys and values behind the history; nothing is
+        committed here.
+        """
+        p = self.config.patch
+        dtype = latents.dtype
+        patches = rearrange(latents, "b t c (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
+        x = self.layout.arrange(self.patchify(patches)) + context.features.to(dtype)
+        time = self.time(t)
+        for i, block in enumerate(self.blocks):
+            layer = None if bank is None else bank.layers[i]
+            x = block(x, time, context.position, plan, context.key_time, layer, recall)
+        x = self.head_norm(x[:, plan.predicted :], time[:, plan.predicted :])
+        velocity = self.layout.restore(self.head(x))
+        h = self.layout.grid[0]
+        return rearrange(velocity, "b t (h w) (c p q) -> b t c (h p) (w q)", h=h, p=p, q=p).float()

@@ -1,0 +1,70 @@
+"""Block-sparse attention, the public operator: one contract, several backends.
+
+Tokens come in blocks: queries `(B, H, Nq, Pq, D)`, keys and values `(B, H, Nk, Pk, D)`. Query
+block i reads the key blocks named by `lists[b, g, i]` (-1 = empty slot; `G` is 1 when all heads
+share a list, else H). `valid` marks the token slots of a key block that hold a token; it repeats
+with its first dimension, so one row per kind of block is enough. Blocks listed nowhere are never
+touched.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from decmem.errors import UserError
+from decmem.ops import gather, reference
+
+Backend = Literal["auto", "reference", "gather", "triton"]
+
+
+def _triton(*args: object, **kwargs: object) -> Tensor:
+    from decmem.ops import sparse_kernels
+
+    return sparse_kernels.block_sparse_attention(*args, **kwargs)  # pyright: ignore
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.block_sparse_attention,
+    "gather": gather.block_sparse_attention,
+    "triton": _triton,
+}
+
+
+def triton_available() -> bool:
+    """Whether the Triton kernels can run: a GPU and the package, or the CPU interpreter."""
+    import importlib.util
+
+    return importlib.util.find_spec("triton") is not None
+
+
+def block_sparse_attention(
+    q: Float[Tensor, "B H Nq Pq D"],
+    k: Float[Tensor, "B H Nk Pk D"],
+    v: Float[Tensor, "B H Nk Pk D"],
+    lists: Int[Tensor, "B G Nq K"],
+    valid: Bool[Tensor, "period Pk"] | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "B H Nq Pq D"]:
+    """Attention of each query block over its own list of key blocks (figure 4).
+
+    `scale` defaults to D^-1/2. `backend="auto"` takes Triton on a GPU where it is installed and
+    gather + SDPA elsewhere. A query block with an empty list reads zeros.
+
+    Raises:
+        UserError: on an unknown backend, or Triton asked for where it is not installed.
+    """
+    if backend == "auto":
+        backend = "triton" if q.is_cuda and triton_available() else "gather"
+    if backend not in _BACKENDS:
+        known = ", ".join(get_args(Backend))
+        raise UserError("backend", f"{backend!r} is unknown", f"Choose one of: {known}")
+    if backend == "triton" and not triton_available():
+        raise UserError(
+            "backend",
+            "'triton' needs the triton package, which is not installed",
+            "Install decmem[gpu], or use backend='gather'",
+        )
+    return _BACKENDS[backend](q, k, v, lists, valid=valid, scale=scale)

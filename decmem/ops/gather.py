@@ -1,0 +1,55 @@
+"""Block-sparse attention by gathering the listed blocks and calling PyTorch's fused attention.
+
+Runs on every device, differentiable; the default on the CPU.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def block_sparse_attention(
+    q: Float[Tensor, "B H Nq Pq D"],
+    k: Float[Tensor, "B H Nk Pk D"],
+    v: Float[Tensor, "B H Nk Pk D"],
+    lists: Int[Tensor, "B G Nq K"],
+    valid: Bool[Tensor, "period Pk"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "B H Nq Pq D"]:
+    """Same contract as `decmem.ops.reference.block_sparse_attention`."""
+    B, H, Nq, Pq, D = q.shape
+    Nk, Pk = k.shape[2:4]
+    K = lists.shape[-1]
+    lists = lists.expand(B, -1, Nq, K)
+    filled = lists >= 0
+    # Without empty slots no mask is needed; asking costs a synchronisation anywhere but here.
+    on_cpu = not lists.is_cuda and not torch.compiler.is_compiling()
+    full = valid is None and on_cpu and bool(filled.all())
+    if not full:
+        # An empty slot repeats a block that is read anyway (and masks it): what was never
+        # selected, NaN included, does not enter the arithmetic.
+        first = lists.amax(-1, keepdim=True).clamp(min=0)
+        lists = torch.where(filled, lists, first)
+
+    # One flat list of blocks over batch and heads, so that the gather is a single index_select.
+    world_head = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * Nk
+    index = (world_head + lists).flatten()
+    keys = k.reshape(B * H * Nk, Pk * D).index_select(0, index).view(B, H * Nq, K * Pk, D)
+    values = v.reshape(B * H * Nk, Pk * D).index_select(0, index).view(B, H * Nq, K * Pk, D)
+
+    mask = nothing = None
+    if not full:
+        slots = filled[..., None].expand(*filled.shape, Pk)
+        if valid is not None:
+            slots = slots & valid[lists % valid.shape[0]]
+        slots = slots.flatten(3)  # (B, G, Nq, K Pk)
+        nothing = ~slots.any(-1, keepdim=True)
+        # A row without keys would be NaN: let it read anything and blank the result.
+        mask = (slots | nothing).expand(B, H, Nq, K * Pk).reshape(B, H * Nq, 1, K * Pk)
+    out = F.scaled_dot_product_attention(
+        q.reshape(B, H * Nq, Pq, D), keys, values, attn_mask=mask, scale=scale
+    ).view(B, H, Nq, Pq, D)
+    if nothing is not None:
+        out = torch.where(nothing[..., None], 0.0, out)
+    return out
