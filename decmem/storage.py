@@ -37,7 +37,7 @@ def place_error(path: Path, error: BaseException) -> UserError | None:
     problem, cure = _PLACE_ERRORS[number]
     # What is in the way may be a folder above: name the very path.
     in_the_way = isinstance(error, FileExistsError) and error.filename
-    return UserError(str(in_the_way or path), problem, cure)
+    return UserError("--out", f"cannot write {in_the_way or path}: {problem}", cure)
 
 
 @contextlib.contextmanager

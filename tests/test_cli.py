@@ -54,14 +54,17 @@ def test_errors_are_one_line_with_the_cure(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("full", "out/clip.mp4: the disk is full"), ("denied", "out/clip.mp4: no permission")],
+    [
+        ("full", "cannot write out/clip.mp4: the disk is full"),
+        ("denied", "cannot write out/clip.mp4: no permission"),
+    ],
 )
 def test_a_bad_place_names_the_path(
     how: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["world", "fail", "--how", how]) == 2
     text = capsys.readouterr().err
-    assert text.startswith(f"error: {message}")
+    assert text.startswith(f"error: --out: {message}")
     assert text.count("\n") == 1
 
 
