@@ -1,1 +1,1 @@
-"""world."""
+"""The procedural block world: terrain, motion, camera, rendering, walks, visibility, episodes."""

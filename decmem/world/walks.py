@@ -1,0 +1,144 @@
+"""Walks by kind: sequences of actions, and where they lead."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from decmem.errors import UserError
+from decmem.world.actions import ACTION_SCHEMA, PITCH, YAW, A, action_values
+from decmem.world.angles import CIRCLE, COSINE, EIGHTHS, SINE, SINE_BITS
+from decmem.world.compiled import compiled
+from decmem.world.exploration import PLAN, explore
+from decmem.world.grid import World
+from decmem.world.hashing import draw, stream
+from decmem.world.motion import STATE, WALK, PlayerState, Track, advance
+from decmem.world.spawn import choose_spawn
+from decmem.world.tracking import PHASE, pose_on_path, track
+from decmem.world.training_walk import train_walk
+from decmem.world.version import WORLD_VERSION
+
+WalkKind = Literal["free", "there_and_back", "loop", "pan", "retrace", "train"]
+WALK_KINDS: tuple[WalkKind, ...] = get_args(WalkKind)
+_TURN_BACK = 20
+"""Frames of the about-turn of `there_and_back`: 9 degrees each."""
+_SALT = 800
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A walk: actions (F, 6), the states and poses they lead to, and where it comes from."""
+
+    actions: Float32[np.ndarray, "F A"]
+    track: Track
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@compiled
+def _explore(cells, seed, states, actions):
+    """Explore from states[0] to the last row."""
+    plan = np.zeros(PLAN, np.int64)
+    rng = np.array([stream(seed, _SALT)], np.uint64)
+    for now in range(len(states) - 1):
+        explore(cells, states[now], plan, rng, actions[now + 1])
+        advance(cells, states[now], actions[now + 1], states[now + 1])
+
+
+@compiled
+def _follow(cells, path, begin, direction, turn, states, actions):
+    """Keep to `path` (P, 8) from row `begin`, one row a frame, round and round."""
+    target = np.zeros(4, np.int64)
+    row = begin
+    for now in range(len(states) - 1):
+        row = (row + direction) % len(path)
+        pose_on_path(path, 0, len(path) - 1, row * PHASE, 0, turn, 0, target)
+        track(states[now], target, actions[now + 1])
+        advance(cells, states[now], actions[now + 1], states[now + 1])
+
+
+@compiled
+def _pan(cells, seed, states, actions):
+    """Stand and look left and right."""
+    rng = np.array([stream(seed, _SALT)], np.uint64)
+    reach = (50 + draw(rng, 70)) * EIGHTHS
+    rate = (3 + draw(rng, 4)) * EIGHTHS
+    sign = 1 - 2 * draw(rng, 2)
+    middle = states[0, 3]
+    speed = 0
+    for now in range(len(states) - 1):
+        away = (states[now, 3] - middle) * sign
+        if away + speed * abs(speed) // (2 * EIGHTHS) * sign >= reach:
+            sign = -sign
+        speed += min(max(sign * rate - speed, -EIGHTHS), EIGHTHS)
+        actions[now + 1, YAW] = speed
+        actions[now + 1, PITCH] = (now % 40 < 20) * 2 - 1
+        advance(cells, states[now], actions[now + 1], states[now + 1])
+
+
+def _circle(start: PlayerState, period: int, side: int) -> Int64[np.ndarray, "P 8"]:
+    """A closed round at walking speed that begins at `start`, its centre on one side."""
+    radius = WALK * period * 113 // 710
+    turns = start.yaw + side * np.arange(period) * CIRCLE // period
+    path = np.tile(np.array(start, np.int64), (period, 1))
+    heading, now = start.yaw % CIRCLE, turns % CIRCLE
+    path[:, 0] += side * (radius * (COSINE[heading] - COSINE[now]) >> SINE_BITS)
+    path[:, 2] += side * (radius * (SINE[heading] - SINE[now]) >> SINE_BITS)
+    path[:, 3] = turns
+    return path
+
+
+def _whole_walk(
+    world: World, kind: WalkKind, seed: int, frames: int
+) -> tuple[Track, Int64[np.ndarray, "F A"]]:
+    start = choose_spawn(world, seed)
+    states = np.zeros((frames, STATE), np.int64)
+    actions = np.zeros((frames, A), np.int64)
+    states[0] = start
+    cells = world.cells
+    if kind == "free":
+        _explore(cells, seed, states, actions)
+    elif kind == "pan":
+        _pan(cells, seed, states, actions)
+    elif kind == "loop":
+        side = 1 if seed % 2 else -1
+        path = _circle(start, min(max(frames, 2), 120), side)
+        _follow(cells, path, 0, 1, 0, states, actions)
+    else:
+        out = max((frames - _TURN_BACK + 1) // 2, 1)
+        _explore(cells, seed, states[:out], actions[:out])
+        about = min(out + _TURN_BACK, frames)
+        for now in range(out - 1, about - 1):
+            actions[now + 1, YAW] = CIRCLE // 2 // _TURN_BACK
+            advance(cells, states[now], actions[now + 1], states[now + 1])
+        _follow(
+            cells, states[:out], out - 1, -1, CIRCLE // 2, states[about - 1 :], actions[about - 1 :]
+        )
+    return Track(states), actions
+
+
+def make_walk(world: World, kind: WalkKind, seed: int, frames: int) -> Walk:
+    """A walk of `frames` frames from a spawn that the seed chooses.
+
+    free: exploration. there_and_back: out, about-turn, back along the same path. loop: rounds of
+    120 frames. pan: looking left and right from one spot. retrace: see `decmem.world.retrace`.
+    train: the training law. Raises `UserError` for an unknown kind or too few frames.
+    """
+    if kind not in WALK_KINDS:
+        raise UserError("walk", f"unknown walk '{kind}'", f"choose one of {', '.join(WALK_KINDS)}")
+    if frames < 1:
+        raise UserError("frames", f"got {frames}, expected at least 1", "ask for more frames")
+    details: dict[str, Any] = {}
+    if kind == "train":
+        walked, actions = train_walk(world, seed, frames)
+    else:
+        walked, actions = _whole_walk(world, kind, seed, frames)
+    provenance = {
+        "world_version": WORLD_VERSION,
+        "world_seed": world.seed,
+        "walk": kind,
+        "walk_seed": seed,
+        "action_schema": ACTION_SCHEMA,
+        **details,
+    }
+    return Walk(action_values(actions), walked, provenance)
