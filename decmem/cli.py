@@ -10,12 +10,16 @@ from tyro.extras import SubcommandApp
 
 from decmem import __version__
 from decmem.commands import Command
+from decmem.commands.train import TrainCausal, TrainCodec, TrainMemory
 from decmem.commands.world import RenderWorld
 from decmem.errors import UserError
 from decmem.storage import place_error
 
 # Every command, by the words that call it, in the order `decmem --help` shows them.
 COMMANDS: dict[str, Callable[..., Command]] = {
+    "train causal": TrainCausal,
+    "train codec": TrainCodec,
+    "train memory": TrainMemory,
     "world render": RenderWorld,
 }
 
@@ -39,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"decmem {__version__}")
         return 0
     _log_to_stderr()
+    command = parse(argv)
     try:
-        parse(argv).run()
+        command.run()
     except UserError as error:
-        return _fail(error)
+        return _fail(error, command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         explained = place_error(Path(error.filename or "output"), error)
         if explained is None:
             raise
-        return _fail(explained)
+        return _fail(explained, command)
     return 0
 
 
@@ -87,6 +92,10 @@ def _log_to_stderr() -> None:
         logger.addHandler(_StderrHandler())
 
 
-def _fail(error: UserError) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def _fail(error: UserError, command: Command) -> int:
+    text = " ".join(str(error).split())
+    # The library names its own argument; where that is a flag of this command, say so.
+    if hasattr(command, error.argument):
+        text = "--" + error.argument.replace("_", "-") + text.removeprefix(error.argument)
+    print(f"error: {text}", file=sys.stderr)
     return 2

@@ -28,10 +28,21 @@ def pytest_configure(config: pytest.Config) -> None:
         # The tower lets an int stand where a float is asked for, as type checkers do.
         checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
         install_import_hook("decmem", checker)
+        _hand_numba_the_bare_functions()
 
     import torch
 
     torch.set_num_threads(1)
+
+
+def _hand_numba_the_bare_functions() -> None:
+    """Numba compiles what a function says, not the checks that the hook puts around it."""
+    import inspect
+
+    import numba
+
+    njit = numba.njit
+    numba.njit = lambda function, **options: njit(inspect.unwrap(function), **options)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -25,6 +25,7 @@ class Fail:
         """Fail."""
         raise {
             "user": UserError("--seed", "-1 is negative", "use 0 or more"),
+            "library": UserError("how", "is how\nit fails", "do not"),
             "interrupt": KeyboardInterrupt(),
             "full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/clip.mp4"),
             "denied": PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out/clip.mp4"),
@@ -50,6 +51,11 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors_are_one_line_with_the_cure(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["world", "fail"]) == 2
     assert capsys.readouterr().err == "error: --seed: -1 is negative. use 0 or more\n"
+
+
+def test_an_argument_of_the_library_is_told_as_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "fail", "--how", "library"]) == 2
+    assert capsys.readouterr().err == "error: --how: is how it fails. do not\n"
 
 
 @pytest.mark.parametrize(

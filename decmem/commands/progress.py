@@ -1,5 +1,6 @@
 """The progress bar of every command."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -16,3 +17,12 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
 
     console = Console(stderr=True)
     return iter(bar(items, description, total, console=console, disable=not console.is_terminal))
+
+
+@contextlib.contextmanager
+def busy(description: str) -> Iterator[None]:
+    """Show that something is going on whose end cannot be foretold; nothing when piped."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(description):
+        yield

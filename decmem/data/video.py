@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -80,6 +80,41 @@ class VideoWriter:
             self._container.mux(self._stream.encode(picture))
 
 
+def check_video(
+    path: str | Path,
+    size: tuple[int, int],
+    fps: float,
+    *,
+    lossless: bool = False,
+    codec: VideoCodec = "h264",
+) -> None:
+    """Raise the ``UserError`` that ``video_writer`` would: worth asking before hours of work."""
+    name = _codec_name(lossless, codec)
+    encoder = _ENCODERS[name]
+    suffix = Path(path).suffix
+    if suffix not in encoder.suffixes:
+        raise UserError(
+            str(path),
+            f"a {name} video cannot be stored in a {suffix or 'suffixless'} file",
+            f"end the name in {' or '.join(encoder.suffixes)}",
+        )
+    if fps <= 0:
+        raise UserError("fps", f"a video cannot have {fps:g} frames a second", "use 1 or more")
+    if min(size) < 1 or (encoder.pixels == "yuv420p" and any(side % 2 for side in size)):
+        raise UserError(
+            "size",
+            f"{name} needs an even height and width, got {size[0]} x {size[1]}",
+            "use even numbers, or write a lossless .mkv",
+        )
+    if encoder.name not in av.codecs_available:
+        raise UserError(
+            "codec",
+            f"this build of FFmpeg has no {encoder.name} encoder",
+            "reinstall PyAV from its wheel (pip install --force-reinstall av), "
+            "or choose another codec",
+        )
+
+
 @contextlib.contextmanager
 def video_writer(
     path: str | Path,
@@ -105,11 +140,10 @@ def video_writer(
     Raises:
         UserError: a wrong suffix or size, an encoder this FFmpeg lacks, a full disk.
     """
+    check_video(path, size, fps, lossless=lossless, codec=codec)
     path = Path(path)
-    name: VideoCodec = "ffv1" if lossless else codec
     rate = Fraction(fps).limit_denominator(1001)
-    _check_writable(path, size, rate, name)
-    encoder = _ENCODERS[name]
+    encoder = _ENCODERS[_codec_name(lossless, codec)]
     # faststart: the index goes to the front, so that a browser can play while loading.
     options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     with (
@@ -201,31 +235,8 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _check_writable(path: Path, size: tuple[int, int], fps: Fraction, codec: VideoCodec) -> None:
-    if codec not in get_args(VideoCodec):
-        raise UserError("codec", f"unknown codec {codec!r}", f"use one of {get_args(VideoCodec)}")
-    encoder = _ENCODERS[codec]
-    if path.suffix not in encoder.suffixes:
-        raise UserError(
-            str(path),
-            f"a {codec} video cannot be stored in a {path.suffix or 'suffixless'} file",
-            f"end the name in {' or '.join(encoder.suffixes)}",
-        )
-    if fps <= 0:
-        raise UserError("fps", f"a video cannot have {float(fps)} frames a second", "use 1 or more")
-    if min(size) < 1 or (encoder.pixels == "yuv420p" and any(side % 2 for side in size)):
-        raise UserError(
-            "size",
-            f"{codec} needs an even height and width, got {size[0]} x {size[1]}",
-            "use even numbers, or write a lossless .mkv",
-        )
-    if encoder.name not in av.codecs_available:
-        raise UserError(
-            "codec",
-            f"this build of FFmpeg has no {encoder.name} encoder",
-            "reinstall PyAV from its wheel (pip install --force-reinstall av), "
-            "or choose another codec",
-        )
+def _codec_name(lossless: bool, codec: VideoCodec) -> VideoCodec:
+    return "ffv1" if lossless else codec
 
 
 def _tag_colours(stream: VideoStream) -> None:

@@ -103,7 +103,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("x.mp4", (63, 96), {}, "even height and width, got 63 x 96"),
         ("x.avi", (64, 96), {}, r"end the name in \.mp4"),
         ("x.mp4", (64, 96), {"lossless": True}, r"end the name in \.mkv"),
-        ("x.mp4", (64, 96), {"fps": 0}, "0.0 frames a second"),
+        ("x.mp4", (64, 96), {"fps": 0}, "0 frames a second"),
     ],
     ids=["odd", "suffix", "lossless", "rate"],
 )
