@@ -1,12 +1,15 @@
 """Block-sparse attention, the public operator: one contract, several backends.
 
 Tokens come in blocks: queries `(B, H, Nq, Pq, D)`, keys and values `(B, H, Nk, Pk, D)`. Query
-block i reads the key blocks named by `lists[b, g, i]` (-1 = empty slot; `G` is 1 when all heads
-share a list, else H). `valid` marks the token slots of a key block that hold a token; it repeats
-with its first dimension, so one row per kind of block is enough. Blocks listed nowhere are never
+block i reads the key blocks named by `lists[b, g, i]` (-1 = empty slot). `G` is 1 when all heads
+share a list, else H; one list may also stand for all worlds. Empty slots come last, and no block
+is listed twice. `valid` marks the token slots of a key block that hold a token; it repeats with
+its first dimension, so one row per kind of block is enough. Blocks listed nowhere are never
 touched.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -33,9 +36,7 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 
 def triton_available() -> bool:
-    """Whether the Triton kernels can run: a GPU and the package, or the CPU interpreter."""
-    import importlib.util
-
+    """Whether the triton package is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -43,7 +44,7 @@ def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
     k: Float[Tensor, "B H Nk Pk D"],
     v: Float[Tensor, "B H Nk Pk D"],
-    lists: Int[Tensor, "B G Nq K"],
+    lists: Int[Tensor, "#B G Nq K"],
     valid: Bool[Tensor, "period Pk"] | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
@@ -54,7 +55,7 @@ def block_sparse_attention(
     gather + SDPA elsewhere. A query block with an empty list reads zeros.
 
     Raises:
-        UserError: on an unknown backend, or Triton asked for where it is not installed.
+        UserError: on an unknown backend, or Triton asked for where it cannot run.
     """
     if backend == "auto":
         backend = "triton" if q.is_cuda and triton_available() else "gather"
@@ -66,5 +67,9 @@ def block_sparse_attention(
             "backend",
             "'triton' needs the triton package, which is not installed",
             "Install decmem[gpu], or use backend='gather'",
+        )
+    if backend == "triton" and not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(
+            "backend", "'triton' needs a GPU, the tensors are on the CPU", "Use backend='gather'"
         )
     return _BACKENDS[backend](q, k, v, lists, valid=valid, scale=scale)

@@ -13,7 +13,7 @@ def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
     k: Float[Tensor, "B H Nk Pk D"],
     v: Float[Tensor, "B H Nk Pk D"],
-    lists: Int[Tensor, "B G Nq K"],
+    lists: Int[Tensor, "#B G Nq K"],
     valid: Bool[Tensor, "period Pk"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
@@ -37,6 +37,11 @@ def block_sparse_attention(
     index = (world_head + lists).flatten()
     keys = k.reshape(B * H * Nk, Pk * D).index_select(0, index).view(B, H * Nq, K * Pk, D)
     values = v.reshape(B * H * Nk, Pk * D).index_select(0, index).view(B, H * Nq, K * Pk, D)
+    empty = None if full else ~filled.any(-1)
+    if empty is not None and not (on_cpu and not empty.any()):
+        # An empty list reads no block at all: what stands in for it is blanked.
+        blank = empty.expand(B, H, Nq).reshape(B, H * Nq, 1, 1)
+        keys, values = keys.masked_fill(blank, 0.0), values.masked_fill(blank, 0.0)
 
     mask = nothing = None
     if not full:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def block_mask(lists: Int[Tensor, "B G Nq K"], blocks: int) -> Bool[Tensor, "B G Nq Nk"]:
+def block_mask(lists: Int[Tensor, "#B G Nq K"], blocks: int) -> Bool[Tensor, "B G Nq Nk"]:
     """Which key blocks each query block reads; -1 marks an empty slot of a list."""
     B, G, Nq, _ = lists.shape
     mask = torch.zeros(B, G, Nq, blocks + 1, dtype=torch.bool, device=lists.device)
@@ -20,7 +20,7 @@ def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
     k: Float[Tensor, "B H Nk Pk D"],
     v: Float[Tensor, "B H Nk Pk D"],
-    lists: Int[Tensor, "B G Nq K"],
+    lists: Int[Tensor, "#B G Nq K"],
     valid: Bool[Tensor, "period Pk"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
@@ -30,7 +30,6 @@ def block_sparse_attention(
     """
     B, H, Nq, Pq, D = q.shape
     Nk, Pk = k.shape[2:4]
-    scale = D**-0.5 if scale is None else scale
     mask = block_mask(lists, Nk)  # (B, G, Nq, Nk)
     mask = mask[..., None].expand(*mask.shape, Pk)
     if valid is not None:
@@ -45,7 +44,8 @@ def block_sparse_attention(
     keys = torch.where(keep, k.flatten(2, 3).float(), 0.0)
     values = torch.where(keep, v.flatten(2, 3).float(), 0.0)
 
-    scores = torch.einsum("bhnpd,bhkd->bhnpk", q.float(), keys) * scale
+    scores = torch.einsum("bhnpd,bhkd->bhnpk", q.float(), keys)
+    scores = scores * (D**-0.5 if scale is None else scale)
     scores = scores.masked_fill(~mask, float("-inf"))
     top = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - torch.where(top.isinf(), 0.0, top))

@@ -1,12 +1,12 @@
 """Rotary position embedding: angles for 1D indices, rotation of channel pairs."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 
 
 def rotary_angles(
-    index: Float[Tensor, "*shape"], channels: int, base: float
+    index: Real[Tensor, "*shape"], channels: int, base: float
 ) -> Float[Tensor, "*shape pairs"]:
     """Angles index * base^(-2i / channels), one per channel pair, fp32."""
     pairs = torch.arange(0, channels, 2, dtype=torch.float32, device=index.device)

@@ -5,9 +5,11 @@ key-outer dK/dV (each program owns a tile of one key block and walks the query b
 it, an inverse list built by one sort), so no atomics and the same bits every time. Rows of the
 listed blocks are gathered one by one, so block sizes need not be powers of two. Empty slots of a
 list come last. Statistics and accumulators are fp32; fp32 operands multiply in fp32, not TF32.
+`no_type_check` keeps the tests' run-time shape checks off the kernels, whose source Triton reads.
 """
 
 import math
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -16,6 +18,7 @@ from torch import Tensor
 
 
 @triton.jit
+@no_type_check
 def _entries(LISTS, slots: tl.constexpr, SLOTS2: tl.constexpr):
     """Number of filled slots of one list."""
     s = tl.arange(0, SLOTS2)
@@ -24,6 +27,7 @@ def _entries(LISTS, slots: tl.constexpr, SLOTS2: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _forward_kernel(
     Q, K, V, LISTS, VALID, OUT, LSE,
     H, G, NQ, NK, scale_log2,
@@ -73,6 +77,7 @@ def _forward_kernel(
 
 
 @triton.jit
+@no_type_check
 def _query_gradient_kernel(
     Q, K, V, LISTS, VALID, DOUT, LSE, DELTA, DQ,
     H, G, NQ, NK, scale, scale_log2,
@@ -116,6 +121,7 @@ def _query_gradient_kernel(
 
 
 @triton.jit
+@no_type_check
 def _key_gradient_kernel(
     Q, K, V, READERS, OFFSETS, VALID, DOUT, LSE, DELTA, DK, DV,
     H, G, NQ, NK, ENTRIES, scale, scale_log2,
@@ -191,7 +197,7 @@ def inverse_lists(lists: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     return (order // K).to(torch.int32), offsets.to(torch.int32)
 
 
-def _shapes(q: Tensor, k: Tensor, lists: Tensor, valid: Tensor | None) -> dict[str, int]:
+def _shapes(q: Tensor, k: Tensor, lists: Tensor, valid: Tensor | None) -> dict[str, Any]:
     D = q.shape[-1]
     return {
         "PQ": q.shape[3],
@@ -214,7 +220,7 @@ def _forward(
         q, k, v, lists, valid, out, lse,
         H, lists.shape[1], NQ, k.shape[2], scale * math.log2(math.e),
         SLOTS=slots, SLOTS2=triton.next_power_of_2(slots), **_shapes(q, k, lists, valid),
-        BM=bm, BN=64, num_warps=_warps(bm),
+        BM=bm, BN=64, num_warps=_warps(bm),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return out, lse
 
@@ -240,14 +246,14 @@ def _backward(
         q, k, v, lists, valid, grad, lse, delta, dq,
         H, G, NQ, NK, scale, scale_log2,
         SLOTS=slots, SLOTS2=triton.next_power_of_2(slots), **shapes,
-        BM=bm, BN=64, num_warps=_warps(bm),
+        BM=bm, BN=64, num_warps=_warps(bm),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     readers, offsets = inverse_lists(lists, NK)
     bn = _tile(PK)
     _key_gradient_kernel[(NK * triton.cdiv(PK, bn), B * H)](
         q, k, v, readers, offsets, valid, grad, lse, delta, dk, dv,
         H, G, NQ, NK, NQ * slots, scale, scale_log2,
-        **shapes, BM=64, BN=bn, num_warps=_warps(bn),
+        **shapes, BM=64, BN=bn, num_warps=_warps(bn),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return dq, dk, dv
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class WindowTable:
             self._forms["lists", device] = made
         return self._forms["lists", device]  # pyright: ignore[reportReturnType]
 
-    def block_mask(self, tokens: int, device: torch.device) -> object:
+    def block_mask(self, tokens: int, device: torch.device) -> Any:
         """The table as FlexAttention's BlockMask, for `tokens` tokens a latent."""
         if ("flex", tokens, device) not in self._forms:
             from torch.nn.attention.flex_attention import create_block_mask

@@ -1,0 +1,301 @@
+"""Every backend of block-sparse attention against the definition: outputs and all gradients."""
+
+import inspect
+from collections.abc import Callable
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decmem.errors import UserError
+from decmem.ops import block_sparse
+from decmem.ops.block_sparse import block_sparse_attention
+
+
+class Run(NamedTuple):
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+
+def run(backend: str, device: str, dtype: torch.dtype, *marks: pytest.MarkDecorator):
+    name = str(dtype).removeprefix("torch.")
+    return pytest.param(Run(backend, device, dtype), marks=marks, id=f"{backend}-{device}-{name}")
+
+
+CPU = [
+    run("reference", "cpu", torch.float32),
+    run("gather", "cpu", torch.float32),
+    run("gather", "cpu", torch.bfloat16),
+    run("triton", "cpu", torch.float32, pytest.mark.interpreter),
+    run("triton", "cpu", torch.float16, pytest.mark.interpreter),
+]
+GPU = [
+    run(backend, "cuda", dtype, pytest.mark.gpu)
+    for backend in ("gather", "triton")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+]
+every_backend = pytest.mark.parametrize("run", CPU + GPU)
+# Properties that do not depend on precision.
+exact_backend = pytest.mark.parametrize(
+    "run", [p for p in CPU + GPU if p.values[0].dtype == torch.float32]
+)
+
+
+class Case(NamedTuple):
+    """Sizes in the letters of the contract; `period` rows of token slots are partly padding."""
+
+    B: int = 1
+    H: int = 2
+    G: int = 1
+    Nq: int = 2
+    Pq: int = 16
+    Nk: int = 4
+    Pk: int = 16
+    D: int = 64
+    K: int = 3
+    period: int = 0
+
+    @property
+    def name(self) -> str:
+        sharing = "shared" if self.G == 1 else "per-head"
+        padding = f"-padded{self.period}" if self.period else ""
+        return f"q{self.Pq}-k{self.Pk}-d{self.D}-{sharing}{padding}"
+
+
+CASES = [
+    Case(Nq=3),
+    Case(B=2, H=1, Pq=24, Pk=24, D=72, Nk=4, K=2, period=2),
+    Case(H=1, Pq=96, Pk=96, D=96, Nk=3, K=2),
+    Case(G=2, Pq=40, Pk=24, D=72, Nk=3, K=2),
+    Case(G=2, Pq=48, Pk=16, Nk=6, K=5, period=3),
+    Case(H=1, Pq=80, Pk=160, D=72, Nk=2, K=2, period=2),
+    Case(B=2, H=1, Nq=1, Pq=10, Pk=4, D=20, Nk=9, K=7),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lists: Tensor
+    valid: Tensor | None
+    grad: Tensor
+
+    def to(self, run: Run) -> "Inputs":
+        """Floats in the run's dtype, everything on its device."""
+        return Inputs(
+            *(
+                x if x is None else x.to(run.device, run.dtype if x.is_floating_point() else None)
+                for x in self
+            )
+        )
+
+
+def random_lists(case: Case, generator: torch.Generator) -> Tensor:
+    """Ascending lists of all lengths, the first one full, the last one empty where there are two.
+
+    The last block is listed nowhere if that leaves enough.
+    """
+    choices = case.Nk - 1 if case.Nk > case.K else case.Nk
+    lists = torch.full((case.B, case.G, case.Nq, case.K), -1, dtype=torch.int32)
+    for n, (b, g, i) in enumerate(product(range(case.B), range(case.G), range(case.Nq))):
+        order = torch.randperm(choices, generator=generator)
+        length = case.K - n % (case.K + 1)
+        if i == case.Nq - 1 and case.Nq > 1:
+            length = 0
+        lists[b, g, i, :length] = order[:length].sort().values
+    return lists
+
+
+def make(case: Case, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q = normal(case.B, case.H, case.Nq, case.Pq, case.D)
+    k, v = (normal(case.B, case.H, case.Nk, case.Pk, case.D) for _ in "kv")
+    valid = None
+    if case.period:
+        counts = case.Pk - torch.arange(case.period) * 5 % case.Pk
+        valid = torch.arange(case.Pk) < counts[:, None]
+    return Inputs(q, k, v, random_lists(case, generator), valid, normal(*q.shape))
+
+
+def slot_mask(x: Inputs) -> Tensor:
+    """(B, H, Nq, Nk, Pk): what each query block may read, written down slot by slot."""
+    (B, H, Nq, _, _), (Nk, Pk), G = x.q.shape, x.k.shape[2:4], x.lists.shape[1]
+    mask = torch.zeros(B, H, Nq, Nk, Pk, dtype=torch.bool)
+    for b, h, i in product(range(B), range(H), range(Nq)):
+        for j in x.lists[b, h if G > 1 else 0, i].tolist():
+            if j >= 0:
+                mask[b, h, i, j] = True if x.valid is None else x.valid[j % len(x.valid)].cpu()
+    return mask
+
+
+def unread(x: Inputs) -> Tensor:
+    """(B, H, Nk): blocks that no query block of that world and head reads."""
+    return ~slot_mask(x).any(-1).any(2)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention as matrix products and a softmax, in the dtype of the inputs throughout."""
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf")).softmax(-1)
+    return weights @ v
+
+
+def pytorchs(x: Inputs, attention: Callable[..., Tensor]) -> list[Tensor]:
+    """Output and gradients of dense masked attention; rows that read nothing give zeros."""
+    q, k, v = (t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v))
+    mask = slot_mask(x).flatten(3).repeat_interleave(q.shape[3], dim=2).to(q.device)
+    some = mask.any(-1, keepdim=True)
+    dense = attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), mask | ~some)
+    out = torch.where(some, dense, 0.0).view_as(q)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), x.grad)]
+
+
+def ours(x: Inputs, backend: str) -> list[Tensor]:
+    """Output and gradients of a backend."""
+    q, k, v = (t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v))
+    out = block_sparse_attention(q, k, v, x.lists, x.valid, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), x.grad)]
+
+
+NAMES = ("output", "dq", "dk", "dv")
+
+
+def assert_as_exact_as_pytorch(got: list[Tensor], x: Inputs) -> None:
+    """At most twice the error of PyTorch in that dtype, plus the rounding of the result."""
+    exact = Inputs(*(t.double() if t is not None and t.is_floating_point() else t for t in x))
+    truth = pytorchs(exact, written_out)
+    usual = [pytorchs(x, attention) for attention in (written_out, F.scaled_dot_product_attention)]
+    for name, result, true, *others in zip(NAMES, got, truth, *usual, strict=True):
+        assert result.dtype == x.q.dtype
+        error = (result - true).abs().max().item()
+        rounding = torch.finfo(x.q.dtype).eps * true.abs().max().item()
+        limit = 2 * max((other - true).abs().max().item() for other in others) + rounding
+        assert error <= limit, f"{name}: error {error:.2e}, allowed {limit:.2e}"
+
+
+@every_backend
+@every_case
+def test_output_and_gradients(case: Case, run: Run) -> None:
+    x = make(case).to(run)
+    assert_as_exact_as_pytorch(ours(x, run.backend), x)
+
+
+@exact_backend
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_unread_memory_never_leaks(case: Case, run: Run) -> None:
+    x = make(case).to(run)
+    # Nor may an empty list read the first block, which nobody else reads here.
+    x.lists[:, :, :, 0] = torch.where(x.lists[:, :, :, 0] == 0, -1, x.lists[:, :, :, 0])
+    x = x._replace(lists=x.lists.sort(dim=-1, descending=True).values)
+    blank = unread(x)[..., None, None].to(run.device)
+    assert blank.any()
+    filled, poisoned = (
+        x._replace(k=torch.where(blank, value, x.k), v=torch.where(blank, value, x.v))
+        for value in (0.0, float("nan"))
+    )
+    for name, clean, got in zip(
+        NAMES, ours(filled, run.backend), ours(poisoned, run.backend), strict=True
+    ):
+        assert torch.equal(clean, got), f"{name} differs"
+        if name in ("dk", "dv"):
+            assert not torch.where(blank, got, 0.0).any()
+
+
+@exact_backend
+def test_what_lies_in_padding_changes_nothing(run: Run) -> None:
+    x = make(CASES[1]).to(run)
+    assert x.valid is not None
+    padding = ~x.valid.repeat(x.k.shape[2] // len(x.valid), 1)[:, :, None]
+    other = x._replace(k=torch.where(padding, 7.0, x.k), v=torch.where(padding, -900.0, x.v))
+    for before, after in zip(ours(x, run.backend), ours(other, run.backend), strict=True):
+        assert torch.equal(before, after)
+
+
+@exact_backend
+def test_permuting_unread_blocks_changes_nothing(run: Run) -> None:
+    x = make(Case(B=1, Nk=8, K=2)).to(run)
+    idle = unread(x)[0].all(0).nonzero().flatten()
+    assert len(idle) >= 2
+    order = torch.arange(x.k.shape[2])
+    order[idle] = idle.roll(1)
+    moved = x._replace(k=x.k[:, :, order], v=x.v[:, :, order])
+    output, dq, *_ = ours(x, run.backend)
+    moved_output, moved_dq, *_ = ours(moved, run.backend)
+    assert torch.equal(output, moved_output)
+    assert torch.equal(dq, moved_dq)
+
+
+@exact_backend
+@pytest.mark.parametrize("heads", [1, 2], ids=["shared", "per-head"])
+def test_reading_all_blocks_is_dense_attention(run: Run, heads: int) -> None:
+    x = make(Case(G=heads, Pq=24, Pk=40, Nk=3)).to(run)
+    q, k, v = x.q, x.k, x.v
+    lists = torch.arange(3, dtype=torch.int32, device=run.device).expand(1, heads, 2, 3)
+    out = block_sparse_attention(q, k, v, lists, backend=run.backend)
+    dense = F.scaled_dot_product_attention(*(t.flatten(2, 3) for t in (q, k, v)))
+    torch.testing.assert_close(out, dense.view_as(out), atol=1e-5, rtol=1e-5)
+    few = block_sparse_attention(q, k, v, lists[..., :1], backend=run.backend)
+    assert (few - out).abs().max() > 0.1
+
+
+@exact_backend
+def test_reading_one_block_is_attention_inside_it(run: Run) -> None:
+    x = make(Case(Nq=4, Nk=4, K=1)).to(run)
+    lists = torch.arange(4, dtype=torch.int32, device=run.device)[None, None, :, None]
+    out = block_sparse_attention(x.q, x.k, x.v, lists, backend=run.backend)
+    inside = F.scaled_dot_product_attention(x.q, x.k, x.v)
+    torch.testing.assert_close(out, inside, atol=1e-5, rtol=1e-5)
+
+
+@exact_backend
+def test_empty_lists_read_zeros(run: Run) -> None:
+    x = make(Case()).to(run)
+    x.lists.fill_(-1)
+    for result in ours(x, run.backend):
+        assert not result.any()
+
+
+@exact_backend
+def test_scale(run: Run) -> None:
+    x = make(Case()).to(run)
+    usual = block_sparse_attention(x.q * 3, x.k, x.v, x.lists, backend=run.backend)
+    scaled = block_sparse_attention(
+        x.q, x.k, x.v, x.lists, scale=3 * x.q.shape[-1] ** -0.5, backend=run.backend
+    )
+    torch.testing.assert_close(scaled, usual, atol=1e-5, rtol=1e-5)
+
+
+@exact_backend
+def test_strided_inputs_and_one_list_for_all_worlds(run: Run) -> None:
+    x = make(Case(B=2, H=2)).to(run)
+    lists = x.lists[:1]
+    swapped = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x.q, x.k, x.v)]
+    assert not swapped[0].is_contiguous()
+    out = block_sparse_attention(*swapped, lists, backend=run.backend)
+    whole = block_sparse_attention(x.q, x.k, x.v, lists.repeat(2, 1, 1, 1), backend=run.backend)
+    assert torch.equal(out, whole)
+
+
+def test_unknown_backend_is_named() -> None:
+    x = make(Case())
+    with pytest.raises(UserError, match="backend: 'cudnn' is unknown"):
+        inspect.unwrap(block_sparse_attention)(x.q, x.k, x.v, x.lists, backend="cudnn")
+
+
+def test_triton_where_it_cannot_run_names_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = make(Case())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=r"needs a GPU.*gather"):
+        block_sparse_attention(x.q, x.k, x.v, x.lists, backend="triton")
+    monkeypatch.setattr(block_sparse, "triton_available", lambda: False)
+    with pytest.raises(UserError, match=r"not installed.*gather"):
+        block_sparse_attention(x.q, x.k, x.v, x.lists, backend="triton")

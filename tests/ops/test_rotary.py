@@ -1,0 +1,40 @@
+"""Rotary positions: angles by hand, a true rotation, and only differences count."""
+
+import math
+
+import torch
+
+from decmem.ops.rotary import rotary_angles, rotate_pairs
+
+
+def test_angles_by_hand() -> None:
+    angles = rotary_angles(torch.tensor([0, 1, 5]), channels=4, base=100.0)
+    torch.testing.assert_close(angles, torch.tensor([[0.0, 0.0], [1.0, 0.1], [5.0, 0.5]]))
+
+
+def test_quarter_turn_by_hand() -> None:
+    x = torch.tensor([1.0, 0.0, 0.0, 2.0])
+    turned = rotate_pairs(x, torch.tensor([math.pi / 2, math.pi / 2]))
+    torch.testing.assert_close(turned, torch.tensor([0.0, 1.0, -2.0, 0.0]))
+
+
+def test_inverse_turns_back() -> None:
+    x, angles = torch.randn(3, 5, 8), torch.randn(5, 4) * 10
+    back = rotate_pairs(rotate_pairs(x, angles), angles, inverse=True)
+    torch.testing.assert_close(back, x)
+
+
+def test_only_differences_of_the_index_count() -> None:
+    q, k = torch.randn(2, 16)
+
+    def logit(query: int, key: int) -> torch.Tensor:
+        at_query, at_key = rotary_angles(torch.tensor([query, key]), 16, 100.0)
+        return rotate_pairs(q, at_query) @ rotate_pairs(k, at_key)
+
+    torch.testing.assert_close(logit(7, 3), logit(107, 103), atol=1e-4, rtol=1e-4)
+    assert (logit(7, 3) - logit(8, 3)).abs() > 1e-3
+
+
+def test_result_is_fp32() -> None:
+    x, angles = torch.randn(2, 4, dtype=torch.bfloat16), torch.randn(2)
+    assert rotate_pairs(x, angles).dtype == torch.float32
