@@ -5,9 +5,16 @@ import os
 # Before torch, numba or numpy are imported: tests run in parallel, each with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
+
+# The same examples on every run, and no deadline: a busy machine is not a failure.
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("house")
 
 COMPILED = Path(__file__).parent / "compiled"
 
@@ -42,7 +49,13 @@ def _hand_numba_the_bare_functions() -> None:
     import numba
 
     njit = numba.njit
-    numba.njit = lambda function, **options: njit(inspect.unwrap(function), **options)
+
+    def bare(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        if function is None:
+            return lambda decorated: bare(decorated, **options)
+        return njit(inspect.unwrap(function), **options)
+
+    numba.njit = bare
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
