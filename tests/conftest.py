@@ -6,15 +6,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
-
-# The same examples on every run, and no deadline: a busy machine is not a failure.
-hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("house")
 
 COMPILED = Path(__file__).parent / "compiled"
 
@@ -36,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
         checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
         install_import_hook("decmem", checker)
         _hand_numba_the_bare_functions()
+
+    # A GPU machine may have no more than PyTorch and pytest.
+    if find_spec("hypothesis"):
+        from hypothesis import settings
+
+        # The same examples on every run, and no deadline: a busy machine is not a failure.
+        settings.register_profile("house", deadline=None, derandomize=True, database=None)
+        settings.load_profile("house")
 
     import torch
 
