@@ -40,7 +40,8 @@ _ROW_COLOURS: dict[str, Colour] = {
 
 def draw_demo_curves(takes: Sequence[Take], path: Path) -> None:
     """``psnr.png``: mean PSNR of every dreamt frame over the takes, each take thin behind it."""
-    figure, axes = _figure("How close each frame stays to the truth")
+    figure = _figure(1)
+    axes = _axes(figure, 1, 0, "How close each frame stays to the truth")
     numbers = takes[0].first_frame + np.arange(len(takes[0].truth))
     for name in reversed(CURVES):
         curves = np.stack([take.psnr[name] for take in takes])
@@ -57,24 +58,33 @@ def draw_demo_curves(takes: Sequence[Take], path: Path) -> None:
 
 
 def draw_row_curves(
-    rows: Mapping[str, Float64[np.ndarray, "F"]], first_frame: int, fps: float, title: str
-) -> Figure:
-    """One line a row of the evaluation: mean PSNR per frame; frames that were not measured are
-    NaN and left out, so rows measured in windows only show as short pieces."""
-    figure, axes = _figure(title)
-    ends = {}
-    for name, curve in rows.items():
-        numbers = first_frame + np.arange(len(curve))
-        headline = name in ("decoupled", "window")
-        axes.plot(numbers, curve, color=_ink(name), linewidth=2.4 if headline else 1.6)
-        known = np.flatnonzero(np.isfinite(curve))
-        if len(known):
-            ends[name] = _tail(curve[known[-1] - 7 : known[-1] + 1])
-    longest = max(len(curve) for curve in rows.values())
-    _label_ends(axes, float(first_frame + longest - 1), ends)
-    _seconds_axis(axes, first_frame, fps)
-    axes.set_xlabel("frame", color=MUTED_HEX)
-    return figure
+    walks: Mapping[str, Mapping[str, Float64[np.ndarray, "F"]]],
+    first_frame: int,
+    fps: float,
+    titles: Mapping[str, str],
+    path: Path,
+) -> None:
+    """``curves.png``: a panel a walk, one line a row of the evaluation, mean PSNR per frame.
+
+    Frames that were not measured are NaN and left out, so rows measured in windows only show as
+    short pieces.
+    """
+    figure = _figure(len(walks))
+    for number, (walk, rows) in enumerate(walks.items()):
+        axes = _axes(figure, len(walks), number, titles[walk])
+        ends = {}
+        for name, curve in rows.items():
+            numbers = first_frame + np.arange(len(curve))
+            width = 2.6 if name == "decoupled" else 1.6
+            axes.plot(numbers, curve, color=_ink(name), linewidth=width)
+            known = np.flatnonzero(np.isfinite(curve))
+            if len(known):
+                ends[name] = _tail(curve[: known[-1] + 1])
+        longest = max(len(curve) for curve in rows.values())
+        _label_ends(axes, float(first_frame + longest - 1), ends)
+        _seconds_axis(axes, first_frame, fps)
+        axes.set_xlabel("frame", color=MUTED_HEX)
+    _save(figure, path)
 
 
 def _hex(colour: Colour) -> str:
@@ -93,17 +103,21 @@ def _tail(curve: np.ndarray) -> float:
     return float(np.nanmean(curve[-8:]))
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(10, 5), dpi=150, facecolor=PAPER_HEX, layout="constrained")
+def _figure(panels: int) -> Figure:
+    figure = Figure(figsize=(10, 5 * panels), dpi=150, facecolor=PAPER_HEX, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=PAPER_HEX)
+    return figure
+
+
+def _axes(figure: Figure, panels: int, number: int, title: str) -> Axes:
+    axes = figure.add_subplot(panels, 1, number + 1, facecolor=PAPER_HEX)
     axes.set_title(title, loc="left", color=INK_HEX, fontsize=14, pad=12)
     axes.set_ylabel("PSNR (dB)", color=MUTED_HEX)
     axes.grid(axis="y", color=RULE_HEX, linewidth=0.8)
     axes.tick_params(colors=MUTED_HEX, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return figure, axes
+    return axes
 
 
 def _label_ends(axes: Axes, last: float, ends: Mapping[str, float]) -> None:

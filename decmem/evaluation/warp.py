@@ -16,8 +16,12 @@ inverse depth is linear in the picture; one pixel of ground seen from a height o
 LEAST_COVER = 0.5
 """Share of the bilinear weight that must lie on taps that show the same surface."""
 
-SOFTNESS = 1e-3
-"""Cost at which a view counts a quarter of a perfect one; small, so that an equal view wins."""
+BLUR = 0.05
+"""How much a reading between pixels, which bilinear weights blur, costs against one on a pixel."""
+
+SOFTNESS = 1e-4
+"""Cost at which a view counts a quarter of a perfect one: small, so that a view from the same pose
+outweighs two hundred others and a revisit is copied."""
 
 
 @numba.njit(nogil=True, cache=True)
@@ -40,8 +44,9 @@ def fuse_views(
     (N, 3, 3) its inverse intrinsics. ``bank_frames`` (N, H, W, 3) uint8, ``bank_inverse_depth``
     (N, H, W) per metre, 0 = sky.
 
-    The weight of a reading is ``1 / (SOFTNESS + cost)^2`` with
-    ``cost = ln(distance ratio)^2 + 2 (1 - cos(angle between the two lines of sight))``.
+    The weight of a reading is ``1 / (SOFTNESS + cost)^2`` with ``cost = ln(distance ratio)^2 +
+    2 (1 - cos(angle between the lines of sight)) + BLUR (x (1 - x) + y (1 - y))``, x and y the
+    fractions of the bilinear reading; for the sky only the last term counts.
     Returns colours (H, W, 3) float32 in [0, 255] and which pixels were read at all (H, W).
     """
     height, width = depth.shape
@@ -83,12 +88,12 @@ def fuse_views(
                     cover += taps[i]
                 if cover < LEAST_COVER:
                     continue
-                cost = 0.0
+                cost = BLUR * (across * (1.0 - across) + down * (1.0 - down))
                 if not sky:
                     here = z * _length(rays, u, v)
                     there = pz * _length(inverse, bu, bv)
                     cosine = (here**2 + there**2 - baseline[n] ** 2) / (2.0 * here * there)
-                    cost = np.log(there / here) ** 2 + 2.0 * max(1.0 - cosine, 0.0)
+                    cost += np.log(there / here) ** 2 + 2.0 * max(1.0 - cosine, 0.0)
                 weight = 1.0 / (SOFTNESS + cost) ** 2
                 total[y, x] += weight
                 for i in range(4):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 
 from decmem.evaluation.warp import fill_from_nearest, fuse_views
+from decmem.world.camera import centres
 
 DEGREES_PER_METRE = 10.0
 """Turning by this much counts as moving one metre in ``nearest_pose``."""
@@ -34,12 +35,6 @@ def copy_last(
     return np.repeat(bank_frames[-1:], count, axis=0)
 
 
-def camera_centres(world_to_camera: Float64[np.ndarray, "F 4 4"]) -> Float64[np.ndarray, "F 3"]:
-    """World position of every camera in metres: ``-R^T t``."""
-    rotation, translation = world_to_camera[:, :3, :3], world_to_camera[:, :3, 3]
-    return -np.einsum("fji,fj->fi", rotation, translation)
-
-
 def nearest_pose_index(
     bank: Float64[np.ndarray, "N 4 4"], poses: Float64[np.ndarray, "F 4 4"]
 ) -> Int64[np.ndarray, "F"]:
@@ -48,7 +43,7 @@ def nearest_pose_index(
     Distance: ``sqrt(m^2 + (a / 10)^2)`` with m the metres between the camera centres and a the
     angle of the relative rotation in degrees, so 10 degrees weigh as much as one metre.
     """
-    offset = camera_centres(poses)[:, None] - camera_centres(bank)[None]
+    offset = centres(poses)[:, None] - centres(bank)[None]
     trace = np.einsum("fij,nij->fn", poses[:, :3, :3], bank[:, :3, :3])
     angle = np.degrees(np.arccos(np.clip((trace - 1.0) / 2.0, -1.0, 1.0)))
     distance = np.square(offset).sum(axis=-1) + np.square(angle / DEGREES_PER_METRE)

@@ -1,0 +1,122 @@
+"""``decmem eval``: the figures of a model, beside its controls and yardsticks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from decmem.commands.stages import stage_bars
+from decmem.errors import UserError
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure how well the model remembers, on worlds it never trained on.
+
+    Every world is seen for 221 frames and dreamt on from there; the paper's windows (frames 222-229
+    and 334-341) are compared with the rendered truth. Beside the model stand the same weights
+    without global memory or with another world's, copies of remembered frames, the memory warped
+    by the true depth, and the codec alone.
+
+    Writes results.json, table.md, curves.json and curves.png. Finished episodes are kept in
+    OUT/episodes: an interrupted run goes on where it stopped.
+
+    Example: decmem eval --episodes 64 --device cuda --out out/eval
+    """
+
+    suite: tyro.conf.Positional[Literal["windows"]] = "windows"
+    """What to measure: windows is the paper's protocol."""
+
+    preset: str = "pocket"
+    """Which model: pocket is the shipped one."""
+
+    weights: Path | None = None
+    """Other weights of the same preset, instead of the shipped ones."""
+
+    window_weights: Path | None = None
+    """Weights of a model trained with the sliding window alone, for the row "window"."""
+
+    episodes: int = 16
+    """Worlds per walk; 64 or more for figures worth quoting."""
+
+    seed_base: int = 10_000_000
+    """The first seed. Those below 10000000 are trained on, and refused."""
+
+    walks: tuple[Literal["retrace", "free"], ...] = ("retrace", "free")
+    """retrace returns to seen places; free explores, and is split by what the memory shows."""
+
+    long: bool = False
+    """Dream on to frame 805 and measure 798-805 too: five times the time."""
+
+    steps: int = 4
+    """Denoising steps for every chunk of frames."""
+
+    batch: int | None = None
+    """Worlds advanced together, at least 2; by default 2 on a CPU and 32 on a GPU."""
+
+    device: str = "auto"
+    """auto, cpu or cuda: auto takes the GPU where there is one."""
+
+    out: Path = Path("out/eval")
+    """Folder for the results."""
+
+    def run(self) -> None:
+        """Roll out what is missing, and write the tables after every batch of worlds."""
+        from decmem.evaluation.machine import code_commit, describe_machine, usable_cores
+        from decmem.evaluation.protocol import LONG_WINDOW, WINDOWS, Protocol, held_out_seeds
+        from decmem.evaluation.record import write_results
+        from decmem.evaluation.runner import Runner
+        from decmem.rollout import Session
+        from decmem.world.episode import Episode, render_episode
+        from decmem.world.version import WORLD_VERSION
+        from decmem.world.walks import WalkKind
+
+        windows = (*WINDOWS, LONG_WINDOW) if self.long else WINDOWS
+        seeds = held_out_seeds(self.seed_base, self.episodes)
+        walks = tuple(dict.fromkeys(self.walks))
+        if not walks:
+            raise UserError("--walks", "none given", "give retrace, free or both")
+        if self.steps < 1:
+            raise UserError("--steps", f"{self.steps}, expected at least 1", "4 is the default")
+        protocol = Protocol(seeds, walks, windows)
+        session = Session.open(self.preset, self.weights, device=self.device, steps=self.steps)
+        window_session = None
+        if self.window_weights is not None:
+            window_session = Session.open(
+                self.preset, self.window_weights, device=self.device, steps=self.steps
+            )
+        size = session.config.size
+
+        def render(seed: int, walk: WalkKind) -> Episode:
+            return render_episode(seed, walk, protocol.frames, size, threads=1)
+
+        header = {
+            "suite": self.suite,
+            "preset": self.preset,
+            "steps": self.steps,
+            "size": size,
+            "world_version": WORLD_VERSION,
+            "commit": code_commit(),
+            "weights_sha256": session.weights_sha256,
+            "window_weights_sha256": window_session.weights_sha256 if window_session else None,
+            "device": session.device.type,
+        }
+        runner = Runner(
+            protocol=protocol,
+            session=session,
+            window_session=window_session,
+            render=render,
+            out=self.out,
+            settings={**header, "windows": [w.name for w in windows], "bank": protocol.bank},
+            batch=self.batch or (32 if session.device.type == "cuda" else 2),
+            threads=usable_cores(),
+        )
+        header["machine"] = describe_machine(session.device)
+        with stage_bars(single=True) as watch:
+            for scores in runner.finish(watch):
+                write_results(self.out, protocol, scores, header)
+        print((self.out / "table.md").read_text(encoding="utf-8"))
+        print(
+            f"{self.out / 'results.json'} holds every figure, {self.out / 'curves.png'} the plot."
+        )

@@ -1,0 +1,110 @@
+"""Roll-outs of recorded episodes: the bank from the truth, then only actions and poses."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+from decmem.world.episode import Episode
+
+PIECE = 16
+"""Frames asked of the session at a time, so that a bar can move: the paper's chunk."""
+
+Watch = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of that is done of how much."""
+
+
+def unwatched(stage: str, done: int, total: int) -> None:
+    """A ``Watch`` that shows nothing."""
+
+
+@runtime_checkable
+class Dreamer(Protocol):
+    """What evaluation needs of ``decmem.rollout.Session``, which documents each part."""
+
+    batch: int
+    seeds: list[int]
+    global_memory: bool
+    timings: dict[str, float]
+    weights_sha256: str | None
+
+    def reset(self) -> None:
+        """Forget the world."""
+        ...
+
+    def observe(
+        self,
+        frames: np.ndarray,
+        actions: np.ndarray,
+        world_to_camera: np.ndarray,
+        intrinsics: np.ndarray,
+    ) -> None:
+        """Write known frames into memory."""
+        ...
+
+    def step(self, actions: np.ndarray, world_to_camera: np.ndarray | None = None) -> np.ndarray:
+        """Generate a frame per action."""
+        ...
+
+    def shuffle_history(self, order: Sequence[int]) -> None:
+        """Give each world another's memory beyond its local window."""
+        ...
+
+    def codec_roundtrip(self, frames: np.ndarray) -> np.ndarray:
+        """Whole clips through the codec and back."""
+        ...
+
+
+def begin(session: Dreamer, seeds: Sequence[int]) -> None:
+    """A fresh start with one world per seed; the seed of a world is the seed of its noise."""
+    session.batch, session.seeds = len(seeds), list(seeds)
+    session.reset()
+
+
+def dream(
+    session: Dreamer,
+    episodes: Sequence[Episode],
+    bank: int,
+    *,
+    global_memory: bool = True,
+    foreign_memory: bool = False,
+    seeds: Sequence[int],
+    watch: Callable[[int], None] | None = None,
+) -> UInt8[np.ndarray, "B F H W 3"]:
+    """What the model makes of the frames behind the first ``bank`` of each episode.
+
+    Args:
+        episodes: of one length and size; all advance together.
+        global_memory: False switches the global branch off, for the recording as well.
+        foreign_memory: give each world the long past of the next one, its own window kept.
+        seeds: one noise seed per episode. Same seeds, same noise, whatever else changes.
+        watch: called with the number of frames finished after every piece.
+    """
+    begin(session, seeds)
+    session.global_memory = global_memory
+    actions = np.stack([episode.actions for episode in episodes])
+    poses = np.stack([episode.world_to_camera for episode in episodes])
+    session.observe(
+        np.stack([episode.frames[:bank] for episode in episodes]),
+        actions[:, :bank],
+        poses[:, :bank],
+        np.stack([episode.intrinsics[:bank] for episode in episodes]),
+    )
+    if foreign_memory:
+        session.shuffle_history(np.roll(np.arange(len(episodes)), -1).tolist())
+    made = []
+    for start in range(bank, actions.shape[1], PIECE):
+        piece = slice(start, start + PIECE)
+        made.append(session.step(actions[:, piece], poses[:, piece]))
+        if watch is not None:
+            watch(min(start + PIECE, actions.shape[1]) - bank)
+    session.global_memory = True
+    return np.concatenate(made, axis=1)
+
+
+def through_codec(session: Dreamer, episode: Episode, seed: int) -> UInt8[np.ndarray, "F H W 3"]:
+    """The whole episode, from its first frame, through the autoencoder and back: the ceiling of
+    everything the model can show."""
+    begin(session, [seed])
+    return session.codec_roundtrip(episode.frames[None])[0]
