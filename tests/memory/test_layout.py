@@ -53,7 +53,7 @@ def test_arrange_and_restore_are_inverse(layout: TokenLayout) -> None:
 @every_layout
 def test_padding_repeats_a_token_of_its_own_block_and_is_dropped(layout: TokenLayout) -> None:
     if layout.valid is None:
-        assert layout.S == layout.tokens
+        assert layout.tokens == layout.S
         return
     slots = layout.slots.view(layout.M, layout.P)
     for block, valid in zip(slots, layout.valid, strict=True):

@@ -49,7 +49,7 @@ def test_queries_and_keys_of_one_place_meet_as_they_are(walk: Callable[..., Tens
 
 def test_groups_keep_to_their_channels(walk: Callable[..., Tensor]) -> None:
     q = heads(2)
-    here, there = positions(walk(5)[:, :2]), positions(walk(5)[:, 3:])
+    here, there = positions(walk(5)[:, :2]), positions(walk(5)[:, 3:].flip(0))
     changed = (encode_query(CONFIG, here, q) != encode_query(CONFIG, there, q)).flatten(0, 3)
     assert changed.any(0).tolist() == [True] * 8 + [False] * 12
     later = encode_time(CONFIG, q, time_angles(CONFIG, torch.tensor([5, 6])))
