@@ -26,7 +26,7 @@ from decmem.model.conditioning import (
 )
 from decmem.presets import preset
 from decmem.world.actions import validate_actions
-from decmem.world.motion import integrate
+from decmem.world.kinematics import integrate
 
 _NOISE_STREAM = 0x9E3779B97F4A7C15  # keeps the noise of neighbouring seeds apart
 

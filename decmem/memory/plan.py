@@ -55,6 +55,12 @@ class Plan:
     predicted: int = 0
     _forms: dict = field(default_factory=dict, compare=False, repr=False)
 
+    def prepare(self, blocks: int, tokens: int, device: torch.device, flex: bool) -> None:
+        """Makes every form the layers will ask for, so that compiled blocks find them made."""
+        self.block_candidates(blocks, device)
+        if flex:
+            self.windows.block_mask(tokens, device)
+
     def block_candidates(self, blocks: int, device: torch.device) -> Bool[Tensor, "Nq Nk"]:
         """`candidates` for `blocks` blocks a latent."""
         if (blocks, device) not in self._forms:

@@ -17,6 +17,7 @@ from decmem.memory import (
     Recall,
     TokenLayout,
 )
+from decmem.memory.anchored_local import AnchoredLocalMemory
 from decmem.memory.position import Position, make_position
 from decmem.model.block import Block
 from decmem.model.conditioning import (
@@ -134,8 +135,25 @@ class WorldModel(nn.Module):
             )
             for _ in range(config.layers)
         )
+        self._flex = False
         self.head_norm = ScaledNorm(width, config.time_width)
         self.head = Linear(width, config.latent_channels * config.patch**2)
+
+    def compile_blocks(self) -> None:
+        """Compiles the blocks for training on a GPU: windows as FlexAttention, one graph a block."""
+        if self.layout.valid is None:
+            self.use_flex_windows()
+        # All blocks share one code object: every shape it meets counts against the limit.
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+    def use_flex_windows(self) -> None:
+        """Computes local windows by FlexAttention; layouts without padding only."""
+        self._flex = True
+        for module in self.modules():
+            if isinstance(module, AnchoredLocalMemory):
+                module.backend = "flex"
 
     def new_bank(
         self,
@@ -217,6 +235,7 @@ class WorldModel(nn.Module):
         patches = rearrange(latents, "b t c (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
         x = self.layout.arrange(self.patchify(patches)) + context.features.to(dtype)
         time = self.time(t)
+        plan.prepare(self.layout.M, self.layout.S, x.device, self._flex)
         for i, block in enumerate(self.blocks):
             layer = None if bank is None else bank.layers[i]
             x = block(x, time, context.position, plan, context.key_time, layer, recall)

@@ -1,1 +1,1 @@
-"""training."""
+"""Training: tasks (what is learned), the trainer (how), caches of rendered walks (from what)."""

@@ -1,0 +1,76 @@
+"""Checkpoints: folders `step_00012000/`, whole or absent; weights apart from state."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from decmem.errors import UserError
+from decmem.storage import atomic_folder, write_json
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    loop: dict[str, Any],
+) -> Path:
+    """Writes `run/step_XXXXXXXX/` with model and state, each .safetensors and .json."""
+    target = run / f"step_{step:08d}"
+    with atomic_folder(target) as folder:
+        save_file(_plain(weights), folder / "model.safetensors")
+        save_file(_plain(state), folder / "state.safetensors")
+        write_json(folder / "config.json", config)
+        write_json(folder / "state.json", {"step": step, **loop})
+    return target
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the most steps, or None. A folder without state.json does not count."""
+    found = [p.parent for p in run.glob("step_*/state.json") if re.search(r"\d{8}$", p.parent.name)]
+    return max(found, key=lambda p: p.name, default=None)
+
+
+def load_checkpoint(
+    checkpoint: Path, config: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Weights, state and loop of a checkpoint written with the same configuration.
+
+    Raises:
+        UserError: when it is damaged or belongs to another configuration.
+    """
+    try:
+        weights = load_file(checkpoint / "model.safetensors")
+        state = load_file(checkpoint / "state.safetensors")
+        loop = json.loads((checkpoint / "state.json").read_text())
+        stored = json.loads((checkpoint / "config.json").read_text())
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(
+            "resume", f"{checkpoint} cannot be read ({error})", "Remove it; an older one is used"
+        ) from error
+    differing = [k for k in sorted(set(stored) | set(config)) if stored.get(k) != config.get(k)]
+    if differing:
+        raise UserError(
+            "resume",
+            f"{checkpoint} was made with another configuration ({', '.join(differing)} differ)",
+            "Resume with the same options, or start a new run with another --out",
+        )
+    return weights, state, loop
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    import shutil
+
+    for old in sorted(run.glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,51 @@
+"""Options every training run has; imports nothing heavy, the command line shows them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How to run a training, whatever is trained."""
+
+    preset: str = "pocket"
+    """Which experiment: tiny (a CPU, minutes), pocket (one GPU, minutes), paper."""
+
+    out: Path | None = None
+    """Folder of the run: log, checkpoints, sample sheet, weights. Default runs_out/PRESET-STAGE."""
+
+    device: str = "auto"
+    """auto, cpu or cuda. Several GPUs: torchrun --nproc-per-node N -m decmem train ..."""
+
+    seed: int = 0
+    """Of initial weights and of every batch."""
+
+    steps: int | None = None
+    """Optimiser steps; default the preset's."""
+
+    seconds: float | None = None
+    """Train this long instead of a number of steps; the learning rate follows the clock."""
+
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint; bit for bit as if never stopped."""
+
+    pause_after: float | None = None
+    """Seconds after which to store a checkpoint and leave, to be resumed."""
+
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+
+    init: Path | None = None
+    """Weights to start from, with a fresh optimiser; use lower rates with it (--rate 0.3)."""
+
+    rate: float = 1.0
+    """Factor on all learning rates."""
+
+    batch: int | None = None
+    """Clips a step and process; default the preset's."""
+
+    walks: int | None = None
+    """Walks rendered and trained on, per process; default the preset's."""
+
+    deterministic: bool = False
+    """On a GPU too, the same bits every time (slower)."""

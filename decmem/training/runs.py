@@ -1,0 +1,188 @@
+"""Whole training runs: parts built, task set up, trained, and the weights exported."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decmem.errors import UserError
+from decmem.experiment import Experiment, load_codec, pick_device, to_plain
+from decmem.memory import MemoryName, Reach
+from decmem.model import WorldModel
+from decmem.presets import preset
+from decmem.shards import load_weights
+from decmem.training.average import WeightAverage
+from decmem.training.checkpoint import latest_checkpoint
+from decmem.training.codec_task import CodecTask
+from decmem.training.distributed import Place, join, leave
+from decmem.training.export import export_weights
+from decmem.training.latent_cache import LatentCache
+from decmem.training.memory_task import MemoryTask
+from decmem.training.optimiser import Optimisers
+from decmem.training.options import RunOptions
+from decmem.training.sheets import codec_sheet, memory_sheet, write_sheet
+from decmem.training.trainer import Budget, Task, Trainer
+from decmem.world.episode import Episode, render_episode
+from decmem.world.version import HELD_OUT_SEED_BASE
+
+
+def train_codec(options: RunOptions) -> Path | None:
+    """Trains the codec of a preset; returns its weights, or None when paused."""
+    experiment, place, run = _start(options, "codec")
+    try:
+        config = _changed(experiment.codec_training, options)
+        torch.manual_seed(options.seed)
+        codec = experiment.build_codec().to(place.device, memory_format=torch.channels_last)
+        task = CodecTask(
+            codec, config, experiment.model.size, place.device, options.seed, place.rank
+        )
+        budget = _budget(options, config.steps, config.warmup, decay_from=0.0)
+        made = {"stage": "codec", "training": to_plain(config)}
+        trainer = _trainer(options, task, place, run, budget, made, (config.lr, None))
+        if not trainer.run(options.pause_after):
+            return None
+        trainer.average.swap(codec)
+        task.measure()
+        weights = run / f"{experiment.name}-codec.safetensors"
+        if place.first:
+            card = made | _origin(options, trainer, place)
+            tensors = codec.state_dict()
+            export_weights(
+                weights, tensors, {"codec": to_plain(experiment.codec)}, card, int8=False
+            )
+            write_sheet(run / "sheet.png", codec_sheet(codec, _held_out(experiment, 65, 3)))
+        place.wait()
+        return weights
+    finally:
+        leave(place)
+
+
+def train_memory(
+    options: RunOptions, codec_weights: Path, memory: MemoryName | None, int8: bool
+) -> Path | None:
+    """Trains the world model of a preset; returns its weights, or None when paused.
+
+    `memory` replaces the preset's: `dense` is the paper's first stage, `window` the control.
+    """
+    name = memory or "decoupled"
+    experiment, place, run = _start(options, name)
+    try:
+        config = _changed(experiment.memory_training, options)
+        shape = experiment.model
+        if memory is not None:
+            reach: Reach = shape.reading.reach
+            if memory == "dense":
+                reach = dataclasses.replace(reach, window=None)
+            reading = dataclasses.replace(shape.reading, reach=reach)
+            shape = dataclasses.replace(shape, memory=memory, reading=reading)
+        codec = load_codec(codec_weights).to(place.device, memory_format=torch.channels_last)
+        cache = LatentCache(
+            codec, config.walks, config.latents, shape.size, place.device, place.rank
+        )
+        experiment = dataclasses.replace(experiment, model=shape)
+        model = experiment.build_model(options.seed).to(place.device)
+        task = MemoryTask(model, cache, config, experiment.flow, options.seed, place.rank)
+        budget = _budget(options, config.steps, config.warmup, config.decay_from)
+        made = {
+            "stage": name,
+            "training": to_plain(config),
+            "flow": to_plain(experiment.flow),
+            "model": to_plain(shape),
+        }
+        rates = (config.adam_lr, config.muon_lr)
+        trainer = _trainer(options, task, place, run, budget, made, rates)
+        if not trainer.run(options.pause_after):
+            return None
+        trainer.average.swap(model)
+        weights = run / f"{experiment.name}.safetensors"
+        if place.first:
+            card = made | _origin(options, trainer, place)
+            export_weights(weights, model.state_dict(), {"model": to_plain(shape)}, card, int8)
+            known = 1 + 4 * (config.latents * 3 // 4 - 1)
+            episodes = _held_out(experiment, known + 32, 3)
+            fresh = WorldModel(shape).to(place.device)
+            fresh.load_state_dict(model.state_dict())
+            rows = memory_sheet(codec, fresh.eval(), experiment.flow, episodes, known)
+            write_sheet(run / "sheet.png", rows)
+        place.wait()
+        return weights
+    finally:
+        leave(place)
+
+
+def _start(options: RunOptions, stage: str) -> tuple[Experiment, Place, Path]:
+    if options.seconds is not None and options.steps is not None:
+        raise UserError("--seconds", "given together with --steps", "Give one of the two")
+    experiment = preset(options.preset)
+    run = options.out or Path("runs_out") / f"{options.preset}-{stage}"
+    if not options.resume and latest_checkpoint(run) is not None:
+        raise UserError(
+            "--out", f"{run} holds a run already", "Add --resume, or choose another folder"
+        )
+    torch.use_deterministic_algorithms(options.deterministic)
+    torch.set_float32_matmul_precision("high")
+    return experiment, join(pick_device(options.device)), run
+
+
+def _changed(config: Any, options: RunOptions) -> Any:
+    asked = {"batch": options.batch, "walks": options.walks, "steps": options.steps}
+    return dataclasses.replace(config, **{k: v for k, v in asked.items() if v is not None})
+
+
+def _budget(options: RunOptions, steps: int, warmup: int, decay_from: float) -> Budget:
+    return Budget(
+        steps, options.seconds, warmup, decay_from, checkpoint_every=options.checkpoint_every
+    )
+
+
+def _trainer(
+    options: RunOptions,
+    task: Task,
+    place: Place,
+    run: Path,
+    budget: Budget,
+    made: dict[str, Any],
+    rates: tuple[float, float | None],
+) -> Trainer:
+    network = task.network
+    if options.init is not None:
+        tensors, _ = load_weights(options.init)
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(
+                "--init", f"{options.init} does not fit this preset", "Give weights of this preset"
+            ) from error
+    adam, muon = rates
+    optimisers = Optimisers(
+        network, adam * options.rate, None if muon is None else muon * options.rate
+    )
+    average = WeightAverage(network, made["training"]["average"])
+    config = made | {"preset": options.preset, "seed": options.seed, "seconds": options.seconds}
+    trainer = Trainer(task, optimisers, average, budget, place, run, config, made["stage"])
+    if options.resume:
+        trainer.resume()
+    return trainer
+
+
+def _origin(options: RunOptions, trainer: Trainer, place: Place) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu"
+    return {
+        "preset": options.preset,
+        "seed": options.seed,
+        "steps": trainer.step,
+        "seconds": round(trainer.spent, 1),
+        "processes": place.world,
+        "device": gpu,
+        "torch": torch.__version__,
+        "init": None if options.init is None else options.init.name,
+    }
+
+
+def _held_out(experiment: Experiment, frames: int, count: int) -> list[Episode]:
+    size = experiment.model.size
+    return [
+        render_episode(HELD_OUT_SEED_BASE + i, "train", frames, size, 2, "cpu")
+        for i in range(count)
+    ]

@@ -1,0 +1,81 @@
+"""Rendered training walks: the data of every task, made on the spot from seeds.
+
+Walk i of a cache is always the same walk, so a resumed run sees what an uninterrupted one would.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from decmem.errors import UserError
+from decmem.world.actions import action_values
+from decmem.world.generation import build_world
+from decmem.world.motion import state_cameras
+from decmem.world.render import Renderer
+from decmem.world.training_walk import train_walks
+from decmem.world.version import HELD_OUT_SEED_BASE
+
+WALKS_PER_WORLD = 8
+_WORLDS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class WalkBatch:
+    """Rendered walks.
+
+    Attributes:
+        frames: (N, F, H, W, 3) on the renderer's device.
+        world_to_camera: (N, F, 4, 4) float64. actions: (N, F, A).
+        intrinsics: (3, 3) in pixels.
+    """
+
+    frames: UInt8[Tensor, "N F H W 3"]
+    world_to_camera: Float[np.ndarray, "N F 4 4"]
+    actions: Float[np.ndarray, "N F A"]
+    intrinsics: Float[np.ndarray, "3 3"]
+
+
+def rendered_walks(
+    first: int, count: int, frames: int, size: tuple[int, int], device: torch.device
+) -> Iterator[WalkBatch]:
+    """Training walks `first` to `first + count`, a few worlds at a time.
+
+    Raises:
+        UserError: when the walks would reach the held-out seeds.
+    """
+    if (first + count) // WALKS_PER_WORLD >= HELD_OUT_SEED_BASE:
+        raise UserError(
+            "seed",
+            f"walks up to {first + count} need worlds beyond {HELD_OUT_SEED_BASE}",
+            f"Training seeds lie below {HELD_OUT_SEED_BASE}",
+        )
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    renderer = Renderer(size=size, supersample=2, device=kind, threads=cores)
+    step = WALKS_PER_WORLD * _WORLDS_AT_ONCE
+    with ThreadPoolExecutor(cores) as pool:
+        for start in range(first, first + count, step):
+            index = np.arange(start, min(start + step, first + count))
+            seeds, which = np.unique(index // WALKS_PER_WORLD, return_inverse=True)
+            worlds = list(pool.map(build_world, seeds.tolist()))
+            states, actions = train_walks([worlds[w] for w in which], index.tolist(), frames)
+            poses = state_cameras(states)
+            shown = renderer.render_batch(
+                renderer.stack(worlds),
+                torch.from_numpy(np.repeat(which, frames)),
+                torch.from_numpy(poses.reshape(-1, 4, 4)),
+            )
+            yield WalkBatch(
+                shown.rgb.unflatten(0, (len(index), frames)),
+                poses,
+                action_values(actions),
+                renderer.intrinsics,
+            )
