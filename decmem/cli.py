@@ -10,6 +10,8 @@ from tyro.extras import SubcommandApp
 
 from decmem import __version__
 from decmem.commands import Command
+from decmem.commands.demo import Demo
+from decmem.commands.eval import Evaluate
 from decmem.commands.train import TrainCausal, TrainCodec, TrainMemory
 from decmem.commands.world import RenderWorld
 from decmem.errors import UserError
@@ -17,6 +19,8 @@ from decmem.storage import place_error
 
 # Every command, by the words that call it, in the order `decmem --help` shows them.
 COMMANDS: dict[str, Callable[..., Command]] = {
+    "demo": Demo,
+    "eval": Evaluate,
     "train causal": TrainCausal,
     "train codec": TrainCodec,
     "train memory": TrainMemory,

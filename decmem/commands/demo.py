@@ -32,6 +32,9 @@ class Demo:
     weights: Path | None = None
     """Other weights of the same preset, instead of the shipped ones."""
 
+    codec_weights: Path | None = None
+    """The codec those weights were trained with, where it is not the shipped one."""
+
     device: str = "auto"
     """auto, cpu or cuda: auto takes the GPU where there is one."""
 
@@ -50,6 +53,7 @@ class Demo:
         )
         from decmem.evaluation.machine import code_commit, describe_machine, usable_cores
         from decmem.evaluation.protocol import BANK_FRAMES, held_out_seeds
+        from decmem.experiment import shipped_weights, weights_sha256
         from decmem.rollout import Session
         from decmem.world.episode import Episode, render_episode
         from decmem.world.version import HELD_OUT_SEED_BASE, WORLD_VERSION
@@ -58,7 +62,9 @@ class Demo:
         seeds = held_out_seeds(HELD_OUT_SEED_BASE, self.episodes)
         if self.steps < 1:
             raise UserError("--steps", f"{self.steps}, expected at least 1", "4 is the default")
-        session = Session.open(self.preset, self.weights, device=self.device, steps=self.steps)
+        session = Session.open(
+            self.preset, self.weights, self.codec_weights, device=self.device, steps=self.steps
+        )
         size = session.config.size
 
         def render(seed: int) -> Episode:
@@ -68,6 +74,9 @@ class Demo:
             "world_version": WORLD_VERSION,
             "commit": code_commit(),
             "weights_sha256": session.weights_sha256,
+            "codec_weights_sha256": weights_sha256(
+                self.codec_weights or shipped_weights(f"{self.preset}-codec")
+            ),
             "preset": self.preset,
             "steps": self.steps,
             "size": size,

@@ -34,6 +34,9 @@ class Evaluate:
     weights: Path | None = None
     """Other weights of the same preset, instead of the shipped ones."""
 
+    codec_weights: Path | None = None
+    """The codec those weights were trained with, where it is not the shipped one."""
+
     window_weights: Path | None = None
     """Weights of a model trained with the sliding window alone, for the row "window"."""
 
@@ -67,6 +70,7 @@ class Evaluate:
         from decmem.evaluation.protocol import LONG_WINDOW, WINDOWS, Protocol, held_out_seeds
         from decmem.evaluation.record import write_results
         from decmem.evaluation.runner import Runner
+        from decmem.experiment import shipped_weights, weights_sha256
         from decmem.rollout import Session
         from decmem.world.episode import Episode, render_episode
         from decmem.world.version import WORLD_VERSION
@@ -80,13 +84,18 @@ class Evaluate:
         if self.steps < 1:
             raise UserError("--steps", f"{self.steps}, expected at least 1", "4 is the default")
         protocol = Protocol(seeds, walks, windows)
-        session = Session.open(self.preset, self.weights, device=self.device, steps=self.steps)
-        window_session = None
-        if self.window_weights is not None:
-            window_session = Session.open(
-                self.preset, self.window_weights, device=self.device, steps=self.steps
+
+        def opened(weights: Path | None) -> Session:
+            return Session.open(
+                self.preset, weights, self.codec_weights, device=self.device, steps=self.steps
             )
+
+        session = opened(self.weights)
+        window_session = opened(self.window_weights) if self.window_weights else None
         size = session.config.size
+        batch = self.batch
+        if batch is None:
+            batch = 32 if session.device.type == "cuda" else 2
 
         def render(seed: int, walk: WalkKind) -> Episode:
             return render_episode(seed, walk, protocol.frames, size, threads=1)
@@ -99,6 +108,9 @@ class Evaluate:
             "world_version": WORLD_VERSION,
             "commit": code_commit(),
             "weights_sha256": session.weights_sha256,
+            "codec_weights_sha256": weights_sha256(
+                self.codec_weights or shipped_weights(f"{self.preset}-codec")
+            ),
             "window_weights_sha256": window_session.weights_sha256 if window_session else None,
             "device": session.device.type,
         }
@@ -109,7 +121,7 @@ class Evaluate:
             render=render,
             out=self.out,
             settings={**header, "windows": [w.name for w in windows], "bank": protocol.bank},
-            batch=self.batch or (32 if session.device.type == "cuda" else 2),
+            batch=batch,
             threads=usable_cores(),
         )
         header["machine"] = describe_machine(session.device)

@@ -9,6 +9,9 @@ from jaxtyping import Float64
 from decmem.evaluation.protocol import Protocol, group_of, groups_of
 from decmem.evaluation.scoring import METRIC_DEFINITIONS, METRICS, ROWS, EpisodeScore
 
+Cells = Mapping[tuple[str, str, str, str], Mapping[str, Any]]
+"""Rows of the results by memory, walk, window and metric."""
+
 SCHEMA_VERSION = 1
 DIFFERENCE = "psnr_per_frame_minus_decoupled"
 RESAMPLES = 10_000
@@ -140,63 +143,57 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{str(results['weights_sha256'])[:12]}. {results['bank_frames']} frames of ground truth "
         "in the bank; windows count frames from 1.",
         "",
-        "PSNR per frame in dB against the raw render, mean over episodes [95 % interval]; below "
-        "it, after d, the paired difference to decoupled. A dash was not measured.",
+        "PSNR per frame in dB against the raw render, mean over episodes [95 % interval], and the "
+        "paired difference to decoupled. A dash was not measured.",
     ]
     for walk in walks:
-        head = [_line(["memory", *windows]), _line(["---"] * (len(windows) + 1))]
-        lines += ["", f"## {walk}", "", *head]
-        energy = [_plain(cells["truth", walk, window, "gradient_energy"]) for window in windows]
-        for memory in ROWS:
-            lines.append(
-                _line([memory, *(_psnr_cell(cells, memory, walk, window) for window in windows)])
-            )
-        lines.append(_line(["episodes", *(_count(cells, walk, window) for window in windows)]))
-        lines.append(_line(["truth's gradient energy", *energy]))
-        lines += ["", "SSIM / sharpness (gradient energy over the truth's)", "", *head]
-        for memory in ROWS:
-            pairs = []
-            for window in windows:
-                ssim = _plain(cells[memory, walk, window, "ssim"])
-                pairs.append(f"{ssim} / {_plain(cells[memory, walk, window, 'sharpness'])}")
-            lines.append(_line([memory, *pairs]))
+        lines += ["", f"## {walk}", "", *_psnr_table(cells, walk, windows)]
+        lines += ["", "SSIM / sharpness (gradient energy over the truth's)", ""]
+        lines += _detail_table(cells, walk, windows)
     return "\n".join(lines) + "\n"
+
+
+def _psnr_table(cells: Cells, walk: str, windows: Sequence[str]) -> Iterator[str]:
+    yield _line(["memory", *(text for window in windows for text in (window, "vs decoupled"))])
+    yield _line(["---"] * (1 + 2 * len(windows)))
+    for memory in ROWS:
+        values = []
+        for window in windows:
+            values.append(_interval(cells[memory, walk, window, "psnr_per_frame"]))
+            difference = cells.get((memory, walk, window, DIFFERENCE))
+            values.append(_interval(difference, "+") if difference else "")
+        yield _line([memory, *values])
+    counts, energies = [], []
+    for window in windows:
+        truth = cells["truth", walk, window, "gradient_energy"]
+        counts += [str(truth["n"]), ""]
+        energies += [_number(truth, 5), ""]
+    yield _line(["episodes", *counts])
+    yield _line(["truth's gradient energy", *energies])
+
+
+def _detail_table(cells: Cells, walk: str, windows: Sequence[str]) -> Iterator[str]:
+    yield _line(["memory", *windows])
+    yield _line(["---"] * (1 + len(windows)))
+    for memory in ROWS:
+        pairs = []
+        for window in windows:
+            ssim, sharp = (cells[memory, walk, window, name] for name in ("ssim", "sharpness"))
+            pairs.append(f"{_number(ssim, 3)} / {_number(sharp, 3)}")
+        yield _line([memory, *pairs])
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _plain(row: Mapping[str, Any], digits: int = 3) -> str:
-    value = row["value"]
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" if value >= 0.01 or value == 0 else f"{value:.2e}"
+def _number(row: Mapping[str, Any], digits: int) -> str:
+    return "-" if row["value"] is None else f"{row['value']:.{digits}f}"
 
 
 def _interval(row: Mapping[str, Any], sign: str = "") -> str:
+    if row["value"] is None:
+        return "-"
     ci = row["ci95"]
     text = f"{row['value']:{sign}.2f}"
     return text if ci is None else f"{text} [{ci[0]:{sign}.2f}, {ci[1]:{sign}.2f}]"
-
-
-def _psnr_cell(
-    cells: Mapping[tuple[str, str, str, str], Mapping[str, Any]],
-    memory: str,
-    walk: str,
-    window: str,
-) -> str:
-    row = cells[memory, walk, window, "psnr_per_frame"]
-    if row["value"] is None:
-        return "-"
-    text = _interval(row)
-    difference = cells.get((memory, walk, window, DIFFERENCE))
-    if difference is None or difference["value"] is None:
-        return text
-    return f"{text}; d {_interval(difference, '+')}"
-
-
-def _count(
-    cells: Mapping[tuple[str, str, str, str], Mapping[str, Any]], walk: str, window: str
-) -> str:
-    return str(cells["truth", walk, window, "gradient_energy"]["n"])
