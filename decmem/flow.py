@@ -3,6 +3,7 @@
 z_t = (1 - t) z_0 + t eps, and the model predicts v = eps - z_0 (eq. 1).
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def solve(
 ) -> Float[Tensor, "B T C h w"]:
     """Integrates dz/dt = v from pure noise to data by Euler steps; the state stays fp32."""
     z = noise.float()
-    for now, later in zip(times, times[1:], strict=False):
+    for now, later in itertools.pairwise(times):
         z = z + (later - now) * velocity(z, now).float()
     return z
 

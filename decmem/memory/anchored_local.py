@@ -8,16 +8,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from decmem.memory.layout import TokenLayout
-from decmem.ops.window import WindowBackend, WindowTable, window_attention
+from decmem.ops.block_sparse import Backend
+from decmem.ops.window import WindowTable, window_attention
 
 
 class AnchoredLocalMemory(nn.Module):
     """Sliding-window attention; who sees whom comes as a table over latents."""
 
-    def __init__(self, layout: TokenLayout, backend: WindowBackend = "auto") -> None:
+    def __init__(self, layout: TokenLayout, backend: Backend = "auto") -> None:
         super().__init__()
         self.layout = layout
-        self.backend: WindowBackend = backend
+        self.backend: Backend = backend
 
     def _valid(self, device: torch.device) -> Bool[Tensor, "S"] | None:
         valid = self.layout.valid

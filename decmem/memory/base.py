@@ -69,8 +69,8 @@ class Reading:
     position: Position
     plan: Plan
     key_time: Int[Tensor, "pool"]
-    bank: LayerBank | None = None
-    recall: Recall = Recall()
+    bank: LayerBank | None
+    recall: Recall
 
 
 class Memory(nn.Module):

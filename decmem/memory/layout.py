@@ -1,5 +1,6 @@
 """How the tokens of a latent are stored: block by block, padded to one capacity."""
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,8 +44,8 @@ class TokenLayout:
         rows, columns = (_edges(g, b) for g, b in zip(self.grid, self.blocks, strict=True))
         return [
             [y * self.grid[1] + x for y in range(top, bottom) for x in range(left, right)]
-            for top, bottom in zip(rows, rows[1:], strict=False)
-            for left, right in zip(columns, columns[1:], strict=False)
+            for top, bottom in itertools.pairwise(rows)
+            for left, right in itertools.pairwise(columns)
         ]
 
     @property

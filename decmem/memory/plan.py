@@ -55,11 +55,10 @@ class Plan:
     predicted: int = 0
     _forms: dict = field(default_factory=dict, compare=False, repr=False)
 
-    def prepare(self, blocks: int, tokens: int, device: torch.device, flex: bool) -> None:
+    def prepare(self, blocks: int, device: torch.device) -> None:
         """Makes every form the layers will ask for, so that compiled blocks find them made."""
         self.block_candidates(blocks, device)
-        if flex:
-            self.windows.block_mask(tokens, device)
+        self.windows.rows(device)
 
     def block_candidates(self, blocks: int, device: torch.device) -> Bool[Tensor, "Nq Nk"]:
         """`candidates` for `blocks` blocks a latent."""
@@ -100,7 +99,7 @@ def training_plan(reach: Reach, latents: int, chunk: int, noisy_streams: int = 1
         raise UserError(
             "chunk",
             f"chunks of {chunk} do not divide {latents} latents, or {write} does not divide it",
-            "Choose a number of latents that is a multiple of the chunk, and the chunk of write_chunk",
+            "Choose latents in multiples of the chunk, and chunks in multiples of write_chunk",
         )
     total = latents * (1 + noisy_streams)
     local = torch.zeros(total, total, dtype=torch.bool)

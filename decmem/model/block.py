@@ -137,8 +137,8 @@ class Block(nn.Module):
         position: Position,
         plan: Plan,
         key_time: Tensor,
-        bank: LayerBank | None = None,
-        recall: Recall = Recall(),
+        bank: LayerBank | None,
+        recall: Recall,
     ) -> Float[Tensor, "B T S width"]:
         x = x + self.spatial(self.spatial_norm(x, time))
         x = x + self.spatiotemporal(

@@ -17,7 +17,6 @@ from decmem.memory import (
     Recall,
     TokenLayout,
 )
-from decmem.memory.anchored_local import AnchoredLocalMemory
 from decmem.memory.position import Position, make_position
 from decmem.model.block import Block
 from decmem.model.conditioning import (
@@ -135,25 +134,15 @@ class WorldModel(nn.Module):
             )
             for _ in range(config.layers)
         )
-        self._flex = False
         self.head_norm = ScaledNorm(width, config.time_width)
         self.head = Linear(width, config.latent_channels * config.patch**2)
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks for training on a GPU: windows as FlexAttention, one graph a block."""
-        if self.layout.valid is None:
-            self.use_flex_windows()
+        """Compiles the blocks for training on a GPU, one graph for all of them."""
         # All blocks share one code object: every shape it meets counts against the limit.
         torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
-
-    def use_flex_windows(self) -> None:
-        """Computes local windows by FlexAttention; layouts without padding only."""
-        self._flex = True
-        for module in self.modules():
-            if isinstance(module, AnchoredLocalMemory):
-                module.backend = "flex"
 
     def new_bank(
         self,
@@ -223,7 +212,7 @@ class WorldModel(nn.Module):
         context: Context,
         plan: Plan,
         bank: Bank | None = None,
-        recall: Recall = Recall(),
+        recall: Recall | None = None,
     ) -> Float[Tensor, "B predicted C h w"]:
         """Velocity of the latents from `plan.predicted` on, fp32.
 
@@ -232,10 +221,11 @@ class WorldModel(nn.Module):
         """
         p = self.config.patch
         dtype = latents.dtype
+        recall = recall or Recall()
         patches = rearrange(latents, "b t c (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
         x = self.layout.arrange(self.patchify(patches)) + context.features.to(dtype)
         time = self.time(t)
-        plan.prepare(self.layout.M, self.layout.S, x.device, self._flex)
+        plan.prepare(self.layout.M, x.device)
         for i, block in enumerate(self.blocks):
             layer = None if bank is None else bank.layers[i]
             x = block(x, time, context.position, plan, context.key_time, layer, recall)

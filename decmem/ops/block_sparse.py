@@ -11,6 +11,7 @@ touched.
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal, get_args
 
 from jaxtyping import Bool, Float, Int
@@ -35,24 +36,14 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@lru_cache
 def triton_available() -> bool:
     """Whether the triton package is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
-def block_sparse_attention(
-    q: Float[Tensor, "B H Nq Pq D"],
-    k: Float[Tensor, "B H Nk Pk D"],
-    v: Float[Tensor, "B H Nk Pk D"],
-    lists: Int[Tensor, "#B G Nq K"],
-    valid: Bool[Tensor, "period Pk"] | None = None,
-    scale: float | None = None,
-    backend: Backend = "auto",
-) -> Float[Tensor, "B H Nq Pq D"]:
-    """Attention of each query block over its own list of key blocks (figure 4).
-
-    `scale` defaults to D^-1/2. `backend="auto"` takes Triton on a GPU where it is installed and
-    gather + SDPA elsewhere. A query block with an empty list reads zeros.
+def choose_backend(backend: Backend, q: Tensor) -> Backend:
+    """The backend that will run: what was asked for, or the best one for where `q` lies.
 
     Raises:
         UserError: on an unknown backend, or Triton asked for where it cannot run.
@@ -72,4 +63,24 @@ def block_sparse_attention(
         raise UserError(
             "backend", "'triton' needs a GPU, the tensors are on the CPU", "Use backend='gather'"
         )
-    return _BACKENDS[backend](q, k, v, lists, valid=valid, scale=scale)
+    return backend
+
+
+def block_sparse_attention(
+    q: Float[Tensor, "B H Nq Pq D"],
+    k: Float[Tensor, "B H Nk Pk D"],
+    v: Float[Tensor, "B H Nk Pk D"],
+    lists: Int[Tensor, "#B G Nq K"],
+    valid: Bool[Tensor, "period Pk"] | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "B H Nq Pq D"]:
+    """Attention of each query block over its own list of key blocks (figure 4).
+
+    `scale` defaults to D^-1/2. `backend="auto"` takes Triton on a GPU where it is installed and
+    gather + SDPA elsewhere. A query block with an empty list reads zeros.
+
+    Raises:
+        UserError: on an unknown backend, or Triton asked for where it cannot run.
+    """
+    return _BACKENDS[choose_backend(backend, q)](q, k, v, lists, valid=valid, scale=scale)

@@ -1,18 +1,13 @@
 """Attention of latents over windows of other latents, given as a table of who sees whom."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decmem.ops import block_sparse
-
-WindowBackend = Literal["auto", "gather", "triton", "flex"]
+from decmem.ops.block_sparse import Backend, block_sparse_attention, choose_backend
 
 
 @dataclass(frozen=True)
@@ -73,38 +68,17 @@ class WindowTable:
             self._forms["lists", device] = made
         return self._forms["lists", device]  # pyright: ignore[reportReturnType]
 
-    def block_mask(self, tokens: int, device: torch.device) -> Any:
-        """The table as FlexAttention's BlockMask, for `tokens` tokens a latent."""
-        if ("flex", tokens, device) not in self._forms:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            table = self.table.to(device)
-
-            def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return table[q // tokens, k // tokens]
-
-            Tq, Tk = self.table.shape
-            self._forms["flex", tokens, device] = create_block_mask(
-                sees, None, None, Tq * tokens, Tk * tokens, device=str(device)
-            )
-        return self._forms["flex", tokens, device]
-
-
-@lru_cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, windows: WindowTable) -> Tensor:
-    mask = windows.block_mask(q.shape[3], q.device)
-    if torch.compiler.is_compiling():
-        from torch.nn.attention.flex_attention import flex_attention as attend
-    else:
-        attend = _compiled_flex()
-    out = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), block_mask=mask)
-    return out.view_as(q)
+    def rows(self, device: torch.device) -> Int[Tensor, "Tq K"]:
+        """Key latents of every query latent, -1 where fewer; one shape for windows that differ a
+        little, so that compiled code serves them all."""
+        if ("rows", device) not in self._forms:
+            most = max(8, 1 << (int(self.table.sum(1).max()) - 1).bit_length())
+            keys = torch.where(self.table, torch.arange(self.table.shape[1]), 2**30)
+            keys = torch.nn.functional.pad(keys, (0, most), value=2**30)
+            keys = keys.sort(1).values[:, :most]
+            keys = torch.where(keys < 2**30, keys, -1)
+            self._forms["rows", device] = keys.to(device, torch.int32)
+        return self._forms["rows", device]  # pyright: ignore[reportReturnType]
 
 
 def window_attention(
@@ -113,7 +87,7 @@ def window_attention(
     v: Float[Tensor, "B H Tk S D"],
     windows: WindowTable,
     valid: Bool[Tensor, "S"] | None = None,
-    backend: WindowBackend = "auto",
+    backend: Backend = "auto",
 ) -> Float[Tensor, "B H Tq S D"]:
     """Tokens of query latent i attend densely to all tokens of the key latents its window holds.
 
@@ -121,15 +95,17 @@ def window_attention(
     than the table has columns (a bank's spare room); those are never read.
     """
     S = q.shape[3]
-    if backend == "flex":
-        assert valid is None, "flex: ragged layouts go through gather"
-        return _flex(q, k, v, windows)
     slots = None if valid is None else valid[None]
+    backend = choose_backend(backend, q)
+    if backend == "triton":
+        rows = windows.rows(q.device)[None, None]
+        return block_sparse_attention(q, k, v, rows, valid=slots, backend=backend)
+    # Latents that see the same keys are gathered for once.
     pieces = []
     for first, count, lists in windows.lists(q.device):
         size = first.last - first.first
         part = q[:, :, first.first : first.first + count * size]
-        if count == 1 and first.contiguous and backend in ("auto", "gather"):
+        if count == 1 and first.contiguous and backend == "gather":
             seen = slice(first.keys[0], first.keys[-1] + 1)
             mask = None if valid is None else valid.repeat(len(first.keys))[None]
             out = F.scaled_dot_product_attention(
@@ -137,7 +113,7 @@ def window_attention(
             ).view_as(part)
         else:
             grouped = part.unflatten(2, (count, size)).flatten(3, 4)
-            out = block_sparse.block_sparse_attention(
+            out = block_sparse_attention(
                 grouped, k, v, lists[None, None], valid=slots, backend=backend
             )
             out = out.unflatten(3, (size, S)).flatten(2, 3)
