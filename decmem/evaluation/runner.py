@@ -15,6 +15,7 @@ from decmem.evaluation.record import load_scores, save_score
 from decmem.evaluation.scoring import EpisodeScore, Frames, score_episode
 from decmem.evaluation.yardsticks import Geometry, copy_last, nearest_pose, oracle_warp
 from decmem.world.episode import Episode
+from decmem.world.visibility import seen_fraction
 from decmem.world.walks import WalkKind
 
 logger = logging.getLogger(__name__)
@@ -136,21 +137,31 @@ class Runner:
             "nearest_pose": {0: nearest_pose(shown, poses[:bank], poses[bank:])},
             "oracle_warp": {},
         }
-        seen = {}
         for window in self.protocol.windows:
-            frames, visible = self._warp(episode, window)
-            rows["oracle_warp"][window.of_dream(bank).start] = frames
-            seen[window.name] = round(float(visible.mean()), 4)
-        return rows, seen
+            rows["oracle_warp"][window.of_dream(bank).start] = self._warp(episode, window)
+        return rows, {window.name: self._seen(episode, window) for window in self.protocol.windows}
 
-    def _warp(self, episode: Episode, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    def _warp(self, episode: Episode, window: Window) -> Frames:
         bank = slice(0, self.protocol.bank)
-        return oracle_warp(
+        frames, _ = oracle_warp(
             episode.frames[bank],
             geometry(episode, bank),
             geometry(episode, window.of_clip()),
             self.threads,
         )
+        return frames
+
+    def _seen(self, episode: Episode, window: Window) -> float:
+        """Share of a window's pixels whose surface some frame of the bank sees."""
+        bank = geometry(episode, slice(0, self.protocol.bank))
+        here = geometry(episode, window.of_clip())
+        shares = [
+            seen_fraction(depth, pose, bank.depth, bank.world_to_camera, lens)
+            for depth, pose, lens in zip(
+                here.depth, here.world_to_camera, here.intrinsics, strict=True
+            )
+        ]
+        return round(float(np.mean(shares)), 4)
 
 
 def geometry(episode: Episode, part: slice) -> Geometry:
