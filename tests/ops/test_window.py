@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decmem.ops.window import Span, WindowBackend, WindowTable, spans, window_attention
+from decmem.ops.block_sparse import Backend
+from decmem.ops.window import Span, WindowTable, spans, window_attention
 
 S = 6
 VALID = torch.tensor([True, True, True, True, False, False])
@@ -57,7 +58,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, table: Tensor, valid: Tensor | None) 
 
 
 def assert_equals_dense(
-    table: Tensor, valid: Tensor | None, backend: WindowBackend, device: str = "cpu"
+    table: Tensor, valid: Tensor | None, backend: Backend, device: str = "cpu"
 ) -> None:
     """Output and gradients."""
     q, k, v = (x.detach().to(device).requires_grad_() for x in inputs(table))
@@ -76,8 +77,11 @@ def assert_equals_dense(
 
 @every_table
 @every_padding
-def test_equals_masked_dense_attention(table: Tensor, valid: Tensor | None) -> None:
-    assert_equals_dense(table, valid, "auto")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_equals_masked_dense_attention(
+    table: Tensor, valid: Tensor | None, backend: Backend
+) -> None:
+    assert_equals_dense(table, valid, backend)
 
 
 @pytest.mark.interpreter
@@ -89,12 +93,10 @@ def test_equals_masked_dense_attention_in_triton(valid: Tensor | None) -> None:
 @pytest.mark.gpu
 @every_table
 @every_padding
-@pytest.mark.parametrize("backend", ["gather", "triton", "flex"])
+@pytest.mark.parametrize("backend", ["gather", "triton"])
 def test_equals_masked_dense_attention_on_a_gpu(
-    table: Tensor, valid: Tensor | None, backend: WindowBackend
+    table: Tensor, valid: Tensor | None, backend: Backend
 ) -> None:
-    if backend == "flex":
-        valid = None  # ragged layouts go through gather
     assert_equals_dense(table, valid, backend, "cuda")
 
 
@@ -135,3 +137,12 @@ def test_lists_group_spans_of_one_length_and_fill_with_empty_slots() -> None:
     assert count == 2
     assert lists.tolist() == [[0, -1], [0, 1]]
     assert (single.first, single.last, one, rest.tolist()) == (2, 4, 1, [[1, 2]])
+
+
+def test_rows_list_the_keys_of_each_latent_in_lists_of_one_length() -> None:
+    rows = WindowTable(TABLES["ragged"]).rows(torch.device("cpu"))
+    assert rows.tolist() == [[0, 2, -1, -1], [0, 2, -1, -1], [1, 2, 3, -1], [0, 3, -1, -1]]
+    # Windows that differ a little share a shape, so that compiled code serves them all.
+    shapes = {WindowTable(sliding(9, 1, n)).rows(torch.device("cpu")).shape for n in (4, 5, 6)}
+    assert shapes == {(9, 8)}
+    assert rows.dtype == torch.int32
