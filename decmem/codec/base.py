@@ -59,7 +59,7 @@ class Codec(nn.Module):
         Raises:
             UserError: on a number of frames or a picture size the codec cannot code.
         """
-        whole = stream is None
+        whole, given = stream is None, frames.shape[1]
         stream = stream or EncoderStream()
         stride = self.spatial_stride
         if frames.shape[2] % stride or frames.shape[3] % stride:
@@ -75,10 +75,10 @@ class Codec(nn.Module):
             stream.started = True
         count = frames.shape[1] // FRAMES_PER_LATENT
         rest = frames.shape[1] % FRAMES_PER_LATENT
-        if whole and rest:
+        if whole and (rest or not count):
             raise UserError(
                 "frames",
-                f"{frames.shape[1] - 3} frames, but a clip is 1 + 4n",
+                f"{given} frames, but a clip is 1 + 4n",
                 "Drop the oldest frames until it is",
             )
         stream.pending = frames[:, -rest:].clone() if rest else None
@@ -100,6 +100,9 @@ class Codec(nn.Module):
     ) -> UInt8[Tensor, "B F H W 3"]:
         """Frames of these latents: 1 + 4(T-1) at a clip's start, else 4T."""
         stream = stream or DecoderStream()
+        if not latents.shape[1]:
+            h, w = (n * self.spatial_stride for n in latents.shape[3:])
+            return torch.zeros(len(latents), 0, h, w, 3, dtype=torch.uint8, device=latents.device)
         start = stream.previous is None
         before = torch.zeros_like(latents[:, :1]) if start else stream.previous
         previous = torch.cat((before, latents[:, :-1]), dim=1)
