@@ -71,7 +71,17 @@ def save_weights(
         with atomic_file(file) as temporary:
             save_file(shard, temporary, metadata=head)
         files.append(file)
+    # A set of another size that lay here before would be read in place of this one.
+    for stale in {path, *_parts(path)} - set(files):
+        stale.unlink(missing_ok=True)
     return files
+
+
+def _parts(path: Path) -> list[Path]:
+    """The numbered files beside `path` that make up a set of its name, in order."""
+    name = re.compile(re.escape(path.stem) + r"-\d{5}-of-\d{5}" + re.escape(path.suffix))
+    folder = path.parent
+    return sorted(f for f in folder.iterdir() if name.fullmatch(f.name)) if folder.is_dir() else []
 
 
 def shard_files(path: str | Path) -> list[Path]:
@@ -83,8 +93,7 @@ def shard_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_file() and not re.search(r"-\d{5}-of-\d{5}$", path.stem):
         return [path]
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
-    files = sorted(path.parent.glob(f"{stem}-?????-of-?????.safetensors"))
+    files = _parts(path.parent / (re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) + ".safetensors"))
     count = int(files[0].stem[-5:]) if files else 0
     if not files or len(files) != count:
         raise UserError(
