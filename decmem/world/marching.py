@@ -2,72 +2,135 @@
 
 import numpy as np
 
-from decmem.world.blocks import SHAPES, Shape
+from decmem.world.blocks import FACE_TEXTURES, SHAPES, Shape
 from decmem.world.compiled import compiled
-from decmem.world.grid import BLOCK_MASK, CEILING, HEIGHT, SIZE
+from decmem.world.grid import BLOCK_MASK, CEILING, HEIGHT, HEIGHT_BITS, SIZE, SIZE_BITS
+from decmem.world.textures import TEXELS
 
 _ZERO = np.float32(0)
-_HALF = np.float32(0.5)
 _ONE = np.float32(1)
 _FAR = np.float32(1e30)
+_TEXTURE_SIDE = np.float32(16)
 _PLANT = np.uint8(Shape.PLANT)
-_WRAP = np.int32(SIZE - 1)
+_BLOCK = np.uint8(BLOCK_MASK)
+_Z_STEP = np.int32(1 << HEIGHT_BITS)
+_X_STEP = np.int32(1 << (HEIGHT_BITS + SIZE_BITS))
+_Z_MASK = np.int32((SIZE - 1) << HEIGHT_BITS)
+_X_MASK = np.int32((SIZE - 1) << (HEIGHT_BITS + SIZE_BITS))
+_HALF_WORLD = np.int32(SIZE // 2)
 
 NOTHING = 7
 """Face of a ray that meets nothing. Others: 0 -x, 1 +x, 2 -y, 3 +y, 4 -z, 5 +z, 6 a plant."""
+PLANT_FACE = 6
 
 
 @compiled
-def _plant_crossing(alpha, block, px, py, pz, dx, dy, dz):
-    return _FAR
+def plant_level(footprint):
+    """The mip level for a plant seen with samples that many texels wide: its log2 side."""
+    return np.int32(4) if footprint < np.float32(1.5) else np.int32(3 if footprint < 3 else 2)
 
 
 @compiled
-def march(buffer, base, pictures, x, y, z, fx, fy, fz, dx, dy, dz, reach):
+def level_start(bits):
+    """Where the mip level of side 2**bits begins within a texture's texels."""
+    return np.int32((1024 - (4 << (2 * bits))) // 3)
+
+
+@compiled
+def _leaf_hit(pictures, texture, bits, u, v):
+    """Whether the cut-out picture is there at u to the right and v up, both in cells."""
+    if u < _ZERO or u >= _ONE or v < _ZERO or v >= _ONE:
+        return False
+    side = np.float32(np.int32(1) << bits)
+    row = np.int32((_ONE - v) * side)
+    texel = texture * TEXELS + level_start(bits) + (min(row, (1 << bits) - 1) << bits)
+    return pictures[np.uint64(texel + np.int32(u * side))] >= np.uint32(1 << 31)
+
+
+@compiled
+def _meet_plant(pictures, block, qx, qy, qz, dx, dy, dz, spread, t):
+    """Where the ray meets the plant in a cell it enters at t, or far away.
+
+    (qx, qy, qz): the ray's origin in the cell's own coordinates.
+    """
+    texture = np.int32(FACE_TEXTURES[block, 1])
+    bits = plant_level(_TEXTURE_SIDE * t * spread)
+    first = second = _FAR
+    if dx != dz:
+        meet = (qz - qx) / (dx - dz)
+        if meet > _ZERO and _leaf_hit(pictures, texture, bits, qx + meet * dx, qy + meet * dy):
+            first = meet
+    if dx != -dz:
+        meet = (_ONE - qx - qz) / (dx + dz)
+        if meet > _ZERO and _leaf_hit(pictures, texture, bits, qx + meet * dx, qy + meet * dy):
+            second = meet
+    return min(first, second)
+
+
+@compiled
+def _from_start(cell, start):
+    """Cells from `start` to `cell` along a periodic axis, the short way."""
+    return np.int32(((cell - start + _HALF_WORLD) & (SIZE - 1)) - _HALF_WORLD)
+
+
+@compiled
+def march(buffer, base, pictures, x, y, z, fx, fy, fz, dx, dy, dz, reach, spread):
     """Follow a ray from the point (fx, fy, fz) of cell (x, y, z) for at most `reach` lengths.
 
-    buffer[base:]: a world's buffer. Returns t (lengths of the direction), the cell met relative to
-    the first one as three int32, and the face. The first cell itself is never met.
+    buffer[base:]: a world's buffer; spread: width of a sample at length one. Returns t (lengths of
+    the direction), the cell met relative to the first one as three int32, and the face. The first
+    cell itself is never met.
     """
-    ceiling = np.int32(buffer[base + CEILING])
     ix = _ONE / abs(dx) if dx != _ZERO else _FAR
     iy = _ONE / abs(dy) if dy != _ZERO else _FAR
     iz = _ONE / abs(dz) if dz != _ZERO else _FAR
-    sx = np.int32(1) if dx > _ZERO else np.int32(-1)
-    sy = np.int32(1) if dy > _ZERO else np.int32(-1)
-    sz = np.int32(1) if dz > _ZERO else np.int32(-1)
     tx = (_ONE - fx if dx > _ZERO else fx) * ix
     ty = (_ONE - fy if dy > _ZERO else fy) * iy
     tz = (_ONE - fz if dz > _ZERO else fz) * iz
-    i = np.int32(0)
-    j = np.int32(0)
-    k = np.int32(0)
+    # The cell as its three parts of the index into the buffer: no products in the loop.
+    sx = _X_STEP if dx > _ZERO else np.int32(-_X_STEP)
+    sy = np.int32(1) if dy > _ZERO else np.int32(-1)
+    sz = _Z_STEP if dz > _ZERO else np.int32(-_Z_STEP)
+    cx = np.int32((x & (SIZE - 1)) << (HEIGHT_BITS + SIZE_BITS))
+    cy = np.int32(y)
+    cz = np.int32((z & (SIZE - 1)) << HEIGHT_BITS)
+    end = np.int32(buffer[base + CEILING]) if dy > _ZERO else np.int32(-1)
+    if cy < 0 or (sy > 0 and cy >= end):
+        return _FAR, np.int32(0), np.int32(0), np.int32(0), np.int32(NOTHING)
     face = np.int32(NOTHING)
+    t = _ZERO
     while True:
-        if tx < tz and tx < ty:
-            t = tx
-            tx += ix
-            i += sx
-            face = np.int32(0) if sx > 0 else np.int32(1)
-        elif tz < ty:
-            t = tz
-            tz += iz
-            k += sz
-            face = np.int32(4) if sz > 0 else np.int32(5)
-        else:
+        if ty < tx and ty < tz:
             t = ty
             ty += iy
-            j += sy
-            face = np.int32(2) if sy > 0 else np.int32(3)
+            cy = np.int32(cy + sy)
+            face = np.int32(2)
+            if cy == end:
+                break
+        elif tx < tz:
+            t = tx
+            tx += ix
+            cx = np.int32((cx + sx) & _X_MASK)
+            face = np.int32(0)
+        else:
+            t = tz
+            tz += iz
+            cz = np.int32((cz + sz) & _Z_MASK)
+            face = np.int32(4)
         if t > reach:
             break
-        h = y + j
-        if h < 0 or (h >= ceiling and sy > 0):
-            break
-        if h >= HEIGHT:
+        if cy >= HEIGHT:
             continue
-        cell = buffer[base + ((((((x + i) & _WRAP) << 8) | ((z + k) & _WRAP)) << 6) | h)]
-        block = cell & np.uint8(BLOCK_MASK)
-        if block != 0 and SHAPES[block] != _PLANT:
-            return t, i, j, k, face
-    return _FAR, i, j, k, np.int32(NOTHING)
+        block = buffer[np.uint64(base + (cx | cy | cz))] & _BLOCK
+        if block != 0:
+            i = _from_start(cx >> (HEIGHT_BITS + SIZE_BITS), x)
+            j = np.int32(cy - y)
+            k = _from_start(cz >> HEIGHT_BITS, z)
+            if SHAPES[block] != _PLANT:
+                step = sx if face == 0 else sy if face == 2 else sz
+                return t, i, j, k, np.int32(face + (step < 0))
+            qx, qy, qz = fx - np.float32(i), fy - np.float32(j), fz - np.float32(k)
+            t = _meet_plant(pictures, block, qx, qy, qz, dx, dy, dz, spread, t)
+            if t <= reach:
+                return t, i, j, k, np.int32(PLANT_FACE)
+    return _FAR, np.int32(0), np.int32(0), np.int32(0), np.int32(NOTHING)

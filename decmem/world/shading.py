@@ -7,12 +7,16 @@ import numpy as np
 from decmem.world.blocks import FACE_TEXTURES
 from decmem.world.compiled import compiled
 from decmem.world.grid import BLOCK_MASK, HEIGHT, LIGHT_SHIFT, SIZE
+from decmem.world.marching import level_start, plant_level
 from decmem.world.sky import haze
 from decmem.world.textures import TEXELS
 
 _ZERO = np.float32(0)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1)
+_TWO = np.float32(2)
+_FOUR = np.float32(4)
+_EIGHT = np.float32(8)
 _SIXTEEN = np.float32(16)
 _WRAP = np.int32(SIZE - 1)
 _SIDE_X = np.float32(0.68)
@@ -32,7 +36,7 @@ def _light(buffer, base, x, y, z):
     """Light of a cell, 0 to 3."""
     if y < 0 or y >= HEIGHT:
         return np.float32(3)
-    cell = buffer[base + ((((x & _WRAP) << 8) | (z & _WRAP)) << 6) + y]
+    cell = buffer[np.uint64(base + (((((x & _WRAP) << 8) | (z & _WRAP)) << 6) | y))]
     return np.float32(cell >> LIGHT_SHIFT)
 
 
@@ -71,11 +75,11 @@ def _smooth_light(buffer, base, x, y, z, face, u, v, w):
 
 
 @compiled
-def _texel(pictures, start, bits, u, v):
+def _texel(pictures, texture, bits, u, v):
+    """The texel of a texture's level of side 2**bits at u to the right and v down."""
     side = np.float32(np.int32(1) << bits)
-    column = np.int32(u * side)
-    row = np.int32(v * side)
-    return pictures[start + (row << bits) + column]
+    place = (np.int32(v * side) << bits) + np.int32(u * side)
+    return pictures[np.uint64(texture * TEXELS + level_start(bits) + place)]
 
 
 @compiled
@@ -84,7 +88,7 @@ def shade(buffer, base, pictures, x, y, z, face, u, v, w, t, dx, dy, dz, length,
 
     spread: width of a sample at t = 1. Returns three float32, 0 to 255.
     """
-    block = np.int32(buffer[base + ((((x & _WRAP) << 8) | (z & _WRAP)) << 6) + y]) & BLOCK_MASK
+    block = buffer[np.uint64(base + (((((x & _WRAP) << 8) | (z & _WRAP)) << 6) | y))] & BLOCK_MASK
     if face < 2:
         texture, tint, slant = np.int32(FACE_TEXTURES[block, 1]), _SIDE_X, abs(dx)
         across, down = w, _ONE - v
@@ -101,20 +105,19 @@ def shade(buffer, base, pictures, x, y, z, face, u, v, w, t, dx, dy, dz, length,
     across = min(max(across, _ZERO), np.float32(0.99999))
     down = min(max(down, _ZERO), np.float32(0.99999))
     footprint = _SIXTEEN * t * spread * np.float32(math.sqrt(length / slant))
-    start = texture * TEXELS
-    if footprint < _ONE:
-        fine, fine_start, blend = 4, 0, _ZERO
-    elif footprint < np.float32(2):
-        fine, fine_start, blend = 4, 0, footprint - _ONE
-    elif footprint < np.float32(4):
-        fine, fine_start, blend = 3, 256, footprint * _HALF - _ONE
-    elif footprint < np.float32(8):
-        fine, fine_start, blend = 2, 320, footprint * np.float32(0.25) - _ONE
-    else:
-        fine, fine_start, blend = 1, 336, min(footprint * np.float32(0.125), np.float32(2)) - _ONE
-    sharp = _texel(pictures, start + fine_start, np.int32(fine), across, down)
-    soft_start = start + fine_start + (1 << (2 * fine))
-    soft = _texel(pictures, soft_start, np.int32(fine - 1), across, down)
+    bits, blend = np.int32(4), _ZERO
+    if face > 5:
+        bits = plant_level(_SIXTEEN * t * spread)
+    elif footprint >= _EIGHT:
+        bits, blend = np.int32(1), min(footprint / _EIGHT, _TWO) - _ONE
+    elif footprint >= _FOUR:
+        bits, blend = np.int32(2), footprint / _FOUR - _ONE
+    elif footprint >= _TWO:
+        bits, blend = np.int32(3), footprint / _TWO - _ONE
+    elif footprint >= _ONE:
+        blend = footprint - _ONE
+    sharp = _texel(pictures, texture, bits, across, down)
+    soft = _texel(pictures, texture, np.int32(bits - 1), across, down)
     red = np.float32(sharp & 255)
     green = np.float32((sharp >> 8) & 255)
     blue = np.float32((sharp >> 16) & 255)

@@ -52,7 +52,10 @@ def _earths() -> dict[str, np.ndarray]:
         "red sand": p.ground(140, (206, 118, 58), (194, 106, 50), 30),
         "ice": p.ground(150, (164, 200, 236), (186, 216, 244), 25),
         "water": p.waves(160, (46, 104, 172), (74, 138, 200)),
-        **{name: p.layers(170 + n, [_CLAY[n]] * 3 + [_CLAY_DARK[n]], 35) for n, name in enumerate(CLAYS)},
+        **{
+            name: p.layers(170 + n, [_CLAY[n]] * 3 + [_CLAY_DARK[n]], 35)
+            for n, name in enumerate(CLAYS)
+        },
     }  # fmt: skip
 
 

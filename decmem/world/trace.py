@@ -29,7 +29,7 @@ def trace(buffer, base, pictures, x, y, z, fx, fy, fz, dx, dy, dz, spread):
     """
     length = np.float32(math.sqrt(dx * dx + dy * dy + dz * dz))
     t, i, j, k, face = march(
-        buffer, base, pictures, x, y, z, fx, fy, fz, dx, dy, dz, REACH / length
+        buffer, base, pictures, x, y, z, fx, fy, fz, dx, dy, dz, REACH / length, spread
     )
     if face == NOTHING:
         red, green, blue = sky(pictures, dx, dy, dz, length)
@@ -43,5 +43,5 @@ def trace(buffer, base, pictures, x, y, z, fx, fy, fz, dx, dy, dz, spread):
     red, green, blue = shade(
         buffer, base, pictures, x, y, z, face, u, v, w, t, dx, dy, dz, length, spread
     )
-    block = np.int32(buffer[base + ((((x << 8) | z) << 6) | y)]) & np.int32(BLOCK_MASK)
+    block = np.int32(buffer[np.uint64(base + (((x << 8 | z) << 6) | y))] & BLOCK_MASK)
     return red, green, blue, t, block

@@ -13,7 +13,8 @@ from decmem.world.compiled import compiled
 from decmem.world.exploration import PLAN, explore
 from decmem.world.grid import World
 from decmem.world.hashing import draw, stream
-from decmem.world.motion import STATE, WALK, PlayerState, Track, advance
+from decmem.world.motion import STATE, UNIT, WALK, PlayerState, Track, advance
+from decmem.world.retrace import BANK, retrace_walk
 from decmem.world.spawn import choose_spawn
 from decmem.world.tracking import PHASE, pose_on_path, track
 from decmem.world.training_walk import train_walk
@@ -88,6 +89,28 @@ def _circle(start: PlayerState, period: int, side: int) -> Int64[np.ndarray, "P 
     return path
 
 
+def _round(world: World, start: PlayerState) -> Int64[np.ndarray, "P 8"]:
+    """The widest circle from `start`, of up to 120 frames, that can be walked; else the one that
+    comes closest.
+    """
+    best, least = _circle(start, 24, 1), 1 << 40
+    for period in range(120, 23, -12):
+        for turn in range(8):
+            for side in (1, -1):
+                aside = start._replace(yaw=start.yaw + turn * CIRCLE // 8)
+                path = _circle(aside, period, side)
+                states = np.zeros((period + 1, STATE), np.int64)
+                states[0] = path[0]
+                _follow(world.cells, path, 0, 1, 0, states, np.zeros((period + 1, A), np.int64))
+                missed = abs(states[:period, [0, 2]] - path[:, [0, 2]]).max()
+                climbed = np.ptp(states[:, 1])
+                if missed < UNIT // 8 and climbed <= 3 * UNIT:
+                    return path
+                if missed < least:
+                    best, least = path, missed
+    return best
+
+
 def _whole_walk(
     world: World, kind: WalkKind, seed: int, frames: int
 ) -> tuple[Track, Int64[np.ndarray, "F A"]]:
@@ -101,8 +124,8 @@ def _whole_walk(
     elif kind == "pan":
         _pan(cells, seed, states, actions)
     elif kind == "loop":
-        side = 1 if seed % 2 else -1
-        path = _circle(start, min(max(frames, 2), 120), side)
+        path = _round(world, start)
+        states[0] = path[0]
         _follow(cells, path, 0, 1, 0, states, actions)
     else:
         out = max((frames - _TURN_BACK + 1) // 2, 1)
@@ -121,15 +144,19 @@ def make_walk(world: World, kind: WalkKind, seed: int, frames: int) -> Walk:
     """A walk of `frames` frames from a spawn that the seed chooses.
 
     free: exploration. there_and_back: out, about-turn, back along the same path. loop: rounds of
-    120 frames. pan: looking left and right from one spot. retrace: see `decmem.world.retrace`.
-    train: the training law. Raises `UserError` for an unknown kind or too few frames.
+    at most 120 frames. pan: looking left and right from one spot. retrace: 221 frames of bank, then
+    revisits (see `decmem.world.retrace`). train: the training law. Raises `UserError` for an
+    unknown kind or too few frames.
     """
     if kind not in WALK_KINDS:
         raise UserError("walk", f"unknown walk '{kind}'", f"choose one of {', '.join(WALK_KINDS)}")
     if frames < 1:
         raise UserError("frames", f"got {frames}, expected at least 1", "ask for more frames")
     details: dict[str, Any] = {}
-    if kind == "train":
+    if kind == "retrace":
+        walked, actions, tries = retrace_walk(world, seed, frames)
+        details = {"bank_frames": BANK, "tries": tries}
+    elif kind == "train":
         walked, actions = train_walk(world, seed, frames)
     else:
         walked, actions = _whole_walk(world, kind, seed, frames)

@@ -1,0 +1,197 @@
+"""Retrace walks: an exploration, then a return that stays among places already seen.
+
+Frames 1 to 221 are the *bank*: 157 frames of exploration, then the way back begins. Every frame
+from 222 on is *scored*: at least 95 % of its pixels show surfaces that are visible in bank frames
+lying at least 64 frames before it. (That they were not seen since cannot be asked: a camera moves
+without breaks, so frame 222 necessarily shows what 221 saw.) At least half of the scored poses
+differ from every pose of the bank by half a block or 5 degrees, so copying cannot answer.
+
+The walk is planned chunk by chunk: of several ways to go on near the explored path, the first that
+passes these tests, by depth alone, is taken. No model has a say in it.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from decmem.errors import UserError
+from decmem.world.actions import A
+from decmem.world.angles import EIGHTHS
+from decmem.world.camera import DEFAULT_FOV, centres, intrinsics
+from decmem.world.compiled import compiled
+from decmem.world.exploration import PLAN, explore
+from decmem.world.grid import World
+from decmem.world.hashing import draw, stream
+from decmem.world.motion import STATE, UNIT, Track, advance, state_cameras
+from decmem.world.probe import PROBE_SIZE, probe_depth
+from decmem.world.spawn import choose_spawn
+from decmem.world.tracking import PHASE, pose_on_path, track
+from decmem.world.visibility import seen_by
+
+BANK = 221
+"""Frames of the bank; the scored frames follow."""
+GAP = 64
+SEEN = 0.95
+APART = 0.5
+"""Blocks."""
+TURNED = 5.0
+"""Degrees."""
+DISTINCT = 0.5
+
+EXPLORED = BANK - GAP
+_PLANNED_SEEN = 0.96
+_PLANNED_DISTINCT = 0.6
+_IN_SIGHT = 0.4
+_CHUNK = 12
+_OPTIONS = 11
+_BOLD = 6
+_ATTEMPTS = 100
+_SALT = 900
+_EASE_LATERAL = 70
+_EASE_TURN = 3 * EIGHTHS // 2
+
+# What the returning player keeps in mind between frames.
+_PHASE, _PACE, _LATERAL, _TURN, _TILT, _TO_LATERAL, _TO_TURN, _TO_TILT, _BEEN_BACK = range(9)
+
+
+@compiled
+def _explore(cells, rng, states, actions):
+    plan = np.zeros(PLAN, np.int64)
+    for now in range(EXPLORED - 1):
+        explore(cells, states[now], plan, rng, actions[now + 1])
+        advance(cells, states[now], actions[now + 1], states[now + 1])
+
+
+@compiled
+def _eased(value, target, change):
+    return value + min(max(target - value, -change), change)
+
+
+@compiled
+def _choose(mind, option, rng):
+    """Draw an option for the next chunk: bold ones first, then timid ones, at last turning back."""
+    bold = 4 if option < _BOLD else 2 if option < _BOLD + 3 else 0
+    side = 1 - 2 * draw(rng, 2)
+    mind[_TO_LATERAL] = side * (UNIT // 2 + draw(rng, UNIT * 7 // 10)) * bold // 4
+    side = 1 - 2 * draw(rng, 2)
+    mind[_TO_TURN] = side * (5 * EIGHTHS + draw(rng, 10 * EIGHTHS)) * bold // 4
+    mind[_TO_TILT] = (draw(rng, 12 * EIGHTHS) - 6 * EIGHTHS) * bold // 4
+    direction = 1 if mind[_PACE] > 0 else -1
+    # The first way back leads all the way, far from what was seen last; then it may turn anywhere.
+    if mind[_BEEN_BACK] and (draw(rng, 100) < 8 or option == _OPTIONS - 1):
+        direction = -direction
+    mind[_PACE] = direction * (PHASE * 7 // 10 + draw(rng, PHASE * 6 // 10))
+
+
+@compiled
+def _follow(cells, mind, states, actions, begin, end):
+    """Fill rows begin..end-1: back and forth along the explored path, aside of it."""
+    target = np.zeros(4, np.int64)
+    last = EXPLORED - 1
+    for now in range(begin, end):
+        mind[_PHASE] += mind[_PACE]
+        if mind[_PHASE] < 0 or mind[_PHASE] > last * PHASE:
+            mind[_PACE] = -mind[_PACE]
+            mind[_BEEN_BACK] = 1
+            mind[_PHASE] += 2 * mind[_PACE]
+        mind[_LATERAL] = _eased(mind[_LATERAL], mind[_TO_LATERAL], _EASE_LATERAL)
+        mind[_TURN] = _eased(mind[_TURN], mind[_TO_TURN], _EASE_TURN)
+        mind[_TILT] = _eased(mind[_TILT], mind[_TO_TILT], _EASE_TURN)
+        pose_on_path(
+            states, 0, last, mind[_PHASE], mind[_LATERAL], mind[_TURN], mind[_TILT], target
+        )
+        track(states[now - 1], target, actions[now])
+        advance(cells, states[now - 1], actions[now], states[now])
+
+
+def distinct_from(
+    poses: Float64[np.ndarray, "F 4 4"], bank: Float64[np.ndarray, "N 4 4"]
+) -> Bool[np.ndarray, " F"]:
+    """For each pose whether it differs from every bank pose by half a block or 5 degrees."""
+    distance = np.linalg.norm(centres(poses)[:, None] - centres(bank)[None], axis=-1)
+    trace = np.einsum("fij,nij->fn", poses[:, :3, :3], bank[:, :3, :3])
+    turned = (trace - 1) / 2 <= np.cos(np.radians(TURNED))
+    return ((distance >= APART) | turned).all(1)
+
+
+class _Judge:
+    """Decides by depth probes whether frames show only what the exploration saw."""
+
+    def __init__(self, world: World, explored: Float64[np.ndarray, "N 4 4"]) -> None:
+        self.world = world
+        self.poses = explored
+        self.depth = probe_depth(world, explored)
+        self.intrinsics = intrinsics(PROBE_SIZE, DEFAULT_FOV)
+
+    def leads_away(self) -> bool:
+        """Whether the path's beginning, where the return leads, is mostly out of sight from the
+        stretch passed shortly before the scored frames.
+        """
+        recent = np.arange(EXPLORED - GAP - 5, EXPLORED - GAP // 2 + 5)
+        shares = [
+            (self.seen(self.depth[row], self.poses[row], recent) >= 0).mean()
+            for row in range(0, EXPLORED // 3, 8)
+        ]
+        return bool(np.mean(shares) <= _IN_SIGHT)
+
+    def seen(self, depth, pose, order: Int64[np.ndarray, " rows"]) -> np.ndarray:
+        """For each pixel of a probe the first explored frame of `order` that sees it, or -1."""
+        return seen_by(depth, pose, self.depth, self.poses, order, self.intrinsics)
+
+    def passes(self, poses: Float64[np.ndarray, "F 4 4"], row: int) -> bool:
+        """Whether all frames are seen; the search begins at the explored frame `row`."""
+        order = np.argsort(abs(np.arange(len(self.poses)) - row), kind="stable")
+        for pose in poses[::-1]:
+            depth = probe_depth(self.world, pose[None])[0]
+            if (self.seen(depth, pose, order) >= 0).mean() < _PLANNED_SEEN:
+                return False
+        return True
+
+
+def _attempt(
+    world: World, seed: int, frames: int
+) -> tuple[Int64[np.ndarray, "F 8"], Int64[np.ndarray, "F A"]] | None:
+    """One try; None if some chunk finds no way on."""
+    states = np.zeros((frames, STATE), np.int64)
+    actions = np.zeros((frames, A), np.int64)
+    states[0] = choose_spawn(world, seed)
+    rng = np.array([stream(seed, _SALT)], np.uint64)
+    _explore(world.cells, rng, states, actions)
+    judge = _Judge(world, state_cameras(states[:EXPLORED]))
+    if not judge.leads_away():
+        return None
+    mind = np.zeros(9, np.int64)
+    mind[_PHASE], mind[_PACE] = (EXPLORED - 1) * PHASE, -PHASE
+    for begin in range(EXPLORED, frames, _CHUNK):
+        end = min(begin + _CHUNK, frames)
+        for option in range(_OPTIONS):
+            trial = mind.copy()
+            _choose(trial, option, rng)
+            _follow(world.cells, trial, states, actions, begin, end)
+            poses = state_cameras(states[begin:end])
+            bank = state_cameras(states[: min(BANK, begin)])
+            if option < _BOLD and distinct_from(poses, bank).mean() < _PLANNED_DISTINCT:
+                continue
+            if judge.passes(poses, int(trial[_PHASE]) // PHASE):
+                mind = trial
+                break
+        else:
+            return None
+    poses = state_cameras(states)
+    if distinct_from(poses[BANK:], poses[:BANK]).mean() < DISTINCT:
+        return None
+    return states, actions
+
+
+def retrace_walk(
+    world: World, seed: int, frames: int
+) -> tuple[Track, Int64[np.ndarray, "F A"], int]:
+    """A retrace walk of `frames` frames in all, bank and scored; its actions in whole steps; the
+    tries it took. Raises `UserError` if no frame would be scored.
+    """
+    if frames <= BANK:
+        raise UserError("frames", f"got {frames}", f"a retrace walk has at least {BANK + 1} frames")
+    for attempt in range(_ATTEMPTS):
+        found = _attempt(world, seed + attempt * (1 << 40), frames)
+        if found is not None:
+            return Track(found[0]), found[1], attempt + 1
+    raise AssertionError(f"no retrace walk for seed {seed} in {_ATTEMPTS} tries")
