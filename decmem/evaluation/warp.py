@@ -8,12 +8,10 @@ import numpy as np
 NEAREST_M = 0.05
 """Points closer than this to a bank camera are not read from it."""
 
-AGREES_RELATIVE, AGREES_PIXELS = 0.03, 0.6
-"""Two inverse depths (1/m) agree within ``0.03 * inverse depth + 0.6 / focal length``. On a plane
-inverse depth is linear in the picture; one pixel of ground seen from a height of h metres is worth
-1 / (focal length * h), so neighbours on ground seen from eye height agree."""
+AGREES = 0.02
+"""Two depths agree within this share of either."""
 
-LEAST_COVER = 0.5
+LEAST_COVER = 0.25
 """Share of the bilinear weight that must lie on taps that show the same surface."""
 
 BLUR = 0.05
@@ -52,7 +50,7 @@ def fuse_views(
     height, width = depth.shape
     total = np.zeros((height, width), np.float64)
     colour = np.zeros((height, width, 3), np.float64)
-    taps = np.zeros(4, np.float64)
+    shares, agrees = np.zeros(4, np.float64), np.zeros(4, np.bool_)
     for n in range(bank_frames.shape[0]):
         a, s, inverse = turn[n], shift[n], bank_rays[n]
         for y in range(height):
@@ -72,20 +70,24 @@ def fuse_views(
                 if not (0.0 <= bu < width and 0.0 <= bv < height):
                     continue
                 expected = 0.0 if sky else 1.0 / pz
-                tolerance = AGREES_RELATIVE * expected + AGREES_PIXELS * inverse[0, 0]
                 left, top = int(np.floor(bu - 0.5)), int(np.floor(bv - 0.5))
                 across, down = bu - 0.5 - left, bv - 0.5 - top
-                cover = 0.0
+                cover, between, solid = 0.0, 0.0, not sky
                 for i in range(4):
                     ty = min(max(top + i // 2, 0), height - 1)
                     tx = min(max(left + i % 2, 0), width - 1)
                     tap = bank_inverse_depth[n, ty, tx]
-                    agrees = (tap == 0.0) if sky else (abs(tap - expected) <= tolerance and tap > 0)
-                    share = (down if i >= 2 else 1.0 - down) * (
+                    shares[i] = (down if i >= 2 else 1.0 - down) * (
                         across if i % 2 == 1 else 1.0 - across
                     )
-                    taps[i] = share if agrees else 0.0
-                    cover += taps[i]
+                    agrees[i] = tap == 0.0 if sky else abs(tap - expected) <= AGREES * expected
+                    between += shares[i] * tap
+                    solid = solid and tap > 0.0
+                    cover += shares[i] if agrees[i] else 0.0
+                # On a plane inverse depth is linear in the picture, however slanting the plane.
+                if solid and abs(between - expected) <= AGREES * expected:
+                    agrees[:] = True
+                    cover = 1.0
                 if cover < LEAST_COVER:
                     continue
                 cost = BLUR * (across * (1.0 - across) + down * (1.0 - down))
@@ -97,10 +99,10 @@ def fuse_views(
                 weight = 1.0 / (SOFTNESS + cost) ** 2
                 total[y, x] += weight
                 for i in range(4):
-                    if taps[i] > 0.0:
+                    if agrees[i]:
                         ty = min(max(top + i // 2, 0), height - 1)
                         tx = min(max(left + i % 2, 0), width - 1)
-                        share = weight * taps[i] / cover
+                        share = weight * shares[i] / cover
                         for c in range(3):
                             colour[y, x, c] += share * bank_frames[n, ty, tx, c]
     seen = total > 0.0
