@@ -67,18 +67,17 @@ class MemoryTraining:
         decay_from: part of the training after which rates fall linearly to zero.
         history_noise: largest noise on the clean stream; history_noised: share of clips with it.
         drop_actions: share of clips whose actions are dropped, for guidance.
-        refresh: walks replaced in the cache every step, 0 for a fixed cache.
         average: decay of the weight average.
         compile: compile the blocks (GPU).
     """
 
     steps: int = 8_000
-    batch: int = 12
-    latents: int = 60
-    walks: int = 8_192
+    batch: int = 6
+    latents: int = 84
+    walks: int = 6_144
     short_latents: int = 24
     short_until: float = 0.3
-    noisy_streams: int = 1
+    noisy_streams: int = 2
     muon_lr: float = 0.02
     adam_lr: float = 8e-4
     warmup: int = 150
@@ -124,8 +123,16 @@ def to_plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_plain(kind: type, plain: dict[str, Any], path: str = "") -> Any:
-    """A configuration back from plain values; an unknown or missing key is an error."""
+def from_plain(kind: type, plain: Any, path: str = "") -> Any:
+    """A configuration back from plain values; a key left out takes its default.
+
+    Raises:
+        UserError: for an unknown key, a key that must be there, and a value where keys belong.
+    """
+    if not isinstance(plain, dict):
+        raise UserError(
+            "config", f"{path.removesuffix('.') or 'it'} is {plain!r}", "Give a table of keys"
+        )
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(plain) - set(fields))
     if unknown:
@@ -134,10 +141,14 @@ def from_plain(kind: type, plain: dict[str, Any], path: str = "") -> Any:
             f"unknown key {path}{unknown[0]!r}",
             f"Known keys: {', '.join(fields)}",
         )
+    absent = dataclasses.MISSING
+    for name, known in fields.items():
+        if name not in plain and known.default is absent and known.default_factory is absent:
+            raise UserError("config", f"{path}{name!r} is missing", "Give it")
     made: dict[str, Any] = {}
     for name, value in plain.items():
         kind_of_field = fields[name].type
-        if dataclasses.is_dataclass(kind_of_field) and isinstance(value, dict):
+        if dataclasses.is_dataclass(kind_of_field):
             value = from_plain(kind_of_field, value, f"{path}{name}.")  # pyright: ignore
         elif isinstance(value, list):
             value = tuple(value)
