@@ -77,7 +77,9 @@ PAPER = Experiment(
     ),
     flow=FlowConfig(shift=1.0),
     sampler=SamplerConfig(steps=20, guidance=7.5),
-    memory_training=MemoryTraining(steps=25_000, batch=64, history_noised=0.0, compile=True),
+    memory_training=MemoryTraining(
+        steps=25_000, batch=64, latents=60, noisy_streams=1, history_noised=0.0, compile=True
+    ),
 )
 
 PRESETS: dict[str, Experiment] = {e.name: e for e in (TINY, POCKET, PAPER)}

@@ -1,5 +1,6 @@
 """``decmem train``: from rendered worlds to weights."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,6 +72,8 @@ class TrainCausal(RunOptions):
 
 
 def _tell(weights: Path | None, options: RunOptions) -> None:
+    if os.environ.get("RANK", "0") != "0":  # torchrun: one process speaks for all
+        return
     if weights is None:
         print("paused; continue with the same command and --resume")
     else:

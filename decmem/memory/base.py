@@ -15,7 +15,7 @@ from decmem.memory.position import (
     encode_key,
     encode_query,
     encode_time,
-    time_angles,
+    time_rotation,
 )
 
 
@@ -87,12 +87,12 @@ class Memory(nn.Module):
 
     def forward(self, reading: Reading) -> Float[Tensor, "B H T S D"]:
         """What was read, in the frame of the reading latents (after R_cs, eq. 13)."""
-        position, angles = reading.position, reading.position.time
+        position, turn = reading.position, reading.position.time
         q = encode_query(self.position, position, reading.q)
         k = encode_key(self.position, position, reading.k)
         v = encode_key(self.position, position, reading.v)
         if self.position.global_time:
-            q, k = (encode_time(self.position, x, angles) for x in (q, k))
+            q, k = (encode_time(self.position, x, turn) for x in (q, k))
         if reading.bank is None:
             pool_k, pool_v = k, v
         else:
@@ -112,10 +112,10 @@ class Memory(nn.Module):
         if not self.position.global_time:
             # Only differences matter: counted from the window's start they stay small.
             start = reading.key_time[plan.window_first]
-            key_angles = time_angles(self.position, reading.key_time[seen] - start)
+            key_turn = time_rotation(self.position, reading.key_time[seen] - start)
             own = reading.key_time[plan.history :] - start
-            q = encode_time(self.position, q, time_angles(self.position, own))
-            k = encode_time(self.position, k, key_angles)
+            q = encode_time(self.position, q, time_rotation(self.position, own))
+            k = encode_time(self.position, k, key_turn)
         return q, k, seen
 
     def decode(self, reading: Reading, o: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decmem.errors import UserError
 from decmem.ops.projective import projective_matrices, transform_quads
-from decmem.ops.rotary import rotary_angles, rotate_pairs
+from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Position(NamedTuple):
 
     projection: Float[Tensor, "B 1 T 1 4 4"]
     unprojection: Float[Tensor, "B 1 T 1 4 4"]
-    space: Float[Tensor, "S pairs"]
-    time: Float[Tensor, "T 1 pairs"]
+    space: Rotation
+    time: Rotation
 
 
 def draw_in(
@@ -101,14 +101,14 @@ def make_position(
     return Position(
         projection[:, None, :, None],
         unprojection[:, None, :, None],
-        torch.cat((column, row), dim=-1),
-        time_angles(config, time),
+        rotation(torch.cat((column, row), dim=-1)),
+        time_rotation(config, time),
     )
 
 
-def time_angles(config: PositionConfig, time: Int[Tensor, "T"]) -> Float[Tensor, "T 1 pairs"]:
-    """R_tem's angles of latents with these indices."""
-    return rotary_angles(time, config.time, config.time_base)[:, None]
+def time_rotation(config: PositionConfig, time: Int[Tensor, "T"]) -> Rotation:
+    """R_tem of latents with these indices."""
+    return rotation(rotary_angles(time, config.time, config.time_base)[:, None])
 
 
 def _groups(config: PositionConfig, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +140,7 @@ def decode_output(config: PositionConfig, position: Position, o: Tensor) -> Tens
     return torch.cat((camera, space, time.float()), dim=-1).to(o.dtype)
 
 
-def encode_time(config: PositionConfig, x: Tensor, angles: Tensor) -> Tensor:
+def encode_time(config: PositionConfig, x: Tensor, turn: Rotation) -> Tensor:
     """R_tem^T on the time group of queries or keys (eq. 5), fp32 inside."""
     rest, time = x.split((config.camera + config.space, config.time), dim=-1)
-    return torch.cat((rest, rotate_pairs(time, angles, inverse=True).to(x.dtype)), dim=-1)
+    return torch.cat((rest, rotate_pairs(time, turn, inverse=True).to(x.dtype)), dim=-1)

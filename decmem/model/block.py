@@ -11,7 +11,7 @@ from decmem.memory.base import Reading, Recall, heads_first, heads_last
 from decmem.memory.plan import Plan
 from decmem.memory.position import Position
 from decmem.model.linear import Linear, ScaledNorm, rms_norm
-from decmem.ops.rotary import rotary_angles, rotate_pairs
+from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
 
 
 class HeadNorm(nn.Module):
@@ -42,13 +42,16 @@ class SpatialAttention(nn.Module):
             rotary_angles(c, n, base=100.0)
             for c, n in zip(layout.coordinates.unbind(-1), (axis, head_dim - axis), strict=True)
         )
-        self.register_buffer("angles", torch.cat((row, column), dim=-1), persistent=False)
-        self.angles: Tensor
+        turn = rotation(torch.cat((row, column), dim=-1))
+        self.register_buffer("cos", turn.cos, persistent=False)
+        self.register_buffer("sin", turn.sin, persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
 
     def forward(self, x: Float[Tensor, "B T S width"]) -> Float[Tensor, "B T S width"]:
         q, k, v = (heads_first(part, self.head_dim) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = (
-            rotate_pairs(norm(part), self.angles).to(x.dtype)
+            rotate_pairs(norm(part), Rotation(self.cos, self.sin)).to(x.dtype)
             for part, norm in ((q, self.q_norm), (k, self.k_norm))
         )
         mask = None if self.layout.valid is None else self.layout.valid.flatten().to(x.device)

@@ -45,9 +45,14 @@ def transform_quads(
     x: Float[Tensor, "... channels"], matrix: Float[Tensor, "... 4 4"], transpose: bool = False
 ) -> Float[Tensor, "... channels"]:
     """Multiplies every group of four channels by `matrix` (or its transpose), in fp32."""
-    quads = x.float().unflatten(-1, (-1, 4))
     if not transpose:
         matrix = matrix.mT
+    if x.device.type == "cpu" and matrix.dim() > 2 and matrix.shape[-3] == 1:
+        # One matrix for all tokens of a latent: one product of (tokens x groups, 4) by (4, 4)
+        # instead of seven passes.
+        quads = x.float().unflatten(-1, (-1, 4)).flatten(-3, -2)
+        return (quads @ matrix.squeeze(-3)).unflatten(-2, (x.shape[-2], -1)).flatten(-2)
+    quads = x.float().unflatten(-1, (-1, 4))
     # Written out: four multiply-adds per channel fuse where a batched 4x4 product would not.
     rows = matrix[..., None, :, :]
     out = quads[..., 0:1] * rows[..., 0, :]

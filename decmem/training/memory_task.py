@@ -95,7 +95,7 @@ class MemoryTask(Task):
         start = torch.randint(T - length + 1, (batch,), generator=draw)
         sizes = self.network.config.chunk_sizes
         # Larger chunks cost no more and are what roll-outs mostly use.
-        weight = torch.tensor([float(s) for s in sizes]).sqrt()
+        weight = torch.tensor([float(s) for s in sizes])
         chunk = sizes[int(torch.multinomial(weight, 1, generator=draw))]
         clean, conditions = self.cache.clips(walk, start, length)
         loss = flow_matching_loss(

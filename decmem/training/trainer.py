@@ -105,7 +105,7 @@ class Trainer:
         task: nn.Module = self.task
         if place.world > 1:
             ids = [place.device.index] if place.device.type == "cuda" else None
-            task = DistributedDataParallel(self.task, device_ids=ids, broadcast_buffers=False)
+            task = DistributedDataParallel(self.task, device_ids=ids)
         log = TrainingLog(self.run_folder, self.title, place.first)
         params = list(self.task.network.parameters())
         started = time.monotonic()

@@ -16,6 +16,7 @@ from torch import Tensor
 from decmem.errors import UserError
 from decmem.world.actions import action_values
 from decmem.world.generation import build_world
+from decmem.world.grid import World
 from decmem.world.motion import state_cameras
 from decmem.world.render import Renderer
 from decmem.world.training_walk import train_walks
@@ -55,18 +56,21 @@ def rendered_walks(
             f"walks up to {first + count} need worlds beyond {HELD_OUT_SEED_BASE}",
             f"Training seeds lie below {HELD_OUT_SEED_BASE}",
         )
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
     kind = "cuda" if device.type == "cuda" else "cpu"
     renderer = Renderer(size=size, supersample=2, device=kind, threads=cores)
     step = WALKS_PER_WORLD * _WORLDS_AT_ONCE
-    with ThreadPoolExecutor(cores) as pool:
-        for start in range(first, first + count, step):
-            index = np.arange(start, min(start + step, first + count))
-            seeds, which = np.unique(index // WALKS_PER_WORLD, return_inverse=True)
-            worlds = list(pool.map(build_world, seeds.tolist()))
-            states, actions = train_walks([worlds[w] for w in which], index.tolist(), frames)
+
+    def walk(start: int) -> tuple[list[World], np.ndarray, np.ndarray, np.ndarray]:
+        index = np.arange(start, min(start + step, first + count))
+        seeds, which = np.unique(index // WALKS_PER_WORLD, return_inverse=True)
+        worlds = [build_world(int(s)) for s in seeds]
+        states, actions = train_walks([worlds[w] for w in which], index.tolist(), frames)
+        return worlds, which, states, actions
+
+    # Worlds and walks are made ahead, on all cores, while earlier ones are rendered.
+    with ThreadPoolExecutor(min(cores, 16)) as pool:
+        for worlds, which, states, actions in pool.map(walk, range(first, first + count, step)):
             poses = state_cameras(states)
             shown = renderer.render_batch(
                 renderer.stack(worlds),
@@ -74,7 +78,7 @@ def rendered_walks(
                 torch.from_numpy(poses.reshape(-1, 4, 4)),
             )
             yield WalkBatch(
-                shown.rgb.unflatten(0, (len(index), frames)),
+                shown.rgb.unflatten(0, (len(which), frames)),
                 poses,
                 action_values(actions),
                 renderer.intrinsics,

@@ -17,7 +17,7 @@ from decmem.memory.position import (
     encode_query,
     encode_time,
     make_position,
-    time_angles,
+    time_rotation,
 )
 
 CONFIG = PositionConfig(camera=8, space=8, time=4, space_base=100.0, time_base=100.0)
@@ -52,16 +52,17 @@ def test_groups_keep_to_their_channels(walk: Callable[..., Tensor]) -> None:
     here, there = positions(walk(5)[:, :2]), positions(walk(5)[:, 3:].flip(0))
     changed = (encode_query(CONFIG, here, q) != encode_query(CONFIG, there, q)).flatten(0, 3)
     assert changed.any(0).tolist() == [True] * 8 + [False] * 12
-    later = encode_time(CONFIG, q, time_angles(CONFIG, torch.tensor([5, 6])))
+    later = encode_time(CONFIG, q, time_rotation(CONFIG, torch.tensor([5, 6])))
     assert (later != q).flatten(0, 3).any(0).tolist() == [False] * 16 + [True] * 4
 
 
 def test_first_half_of_space_tells_columns_second_rows() -> None:
     space = positions(torch.eye(4).expand(2, 1, 4, 4)).space
     rows, columns = LAYOUT.coordinates.unbind(-1)
-    assert space.shape == (6, 4)
-    torch.testing.assert_close(space[:, 0], columns.float())
-    torch.testing.assert_close(space[:, 2], rows.float())
+    angles = torch.atan2(space.sin, space.cos)
+    assert angles.shape == (6, 4)
+    torch.testing.assert_close(angles[:, 0], columns.float())
+    torch.testing.assert_close(angles[:, 2], rows.float())
 
 
 def test_moving_the_world_changes_no_logit(walk: Callable[..., Tensor]) -> None:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from decmem.ops.rotary import rotary_angles, rotate_pairs
+from decmem.ops.rotary import rotary_angles, rotate_pairs, rotation
 
 
 def test_angles_by_hand() -> None:
@@ -13,14 +13,15 @@ def test_angles_by_hand() -> None:
 
 
 def test_quarter_turn_by_hand() -> None:
-    x = torch.tensor([1.0, 0.0, 0.0, 2.0])
-    turned = rotate_pairs(x, torch.tensor([math.pi / 2, math.pi / 2]))
-    torch.testing.assert_close(turned, torch.tensor([0.0, 1.0, -2.0, 0.0]))
+    x = torch.tensor([1.0, 0.0, 0.0, 2.0])  # the pairs (1, 0) and (0, 2), by halves
+    turned = rotate_pairs(x, rotation(torch.tensor([math.pi / 2, math.pi / 2])))
+    torch.testing.assert_close(turned, torch.tensor([0.0, -2.0, 1.0, 0.0]))
 
 
 def test_inverse_turns_back() -> None:
     x, angles = torch.randn(3, 5, 8), torch.randn(5, 4) * 10
-    back = rotate_pairs(rotate_pairs(x, angles), angles, inverse=True)
+    turn = rotation(angles)
+    back = rotate_pairs(rotate_pairs(x, turn), turn, inverse=True)
     torch.testing.assert_close(back, x)
 
 
@@ -29,7 +30,7 @@ def test_only_differences_of_the_index_count() -> None:
 
     def logit(query: int, key: int) -> torch.Tensor:
         at_query, at_key = rotary_angles(torch.tensor([query, key]), 16, 100.0)
-        return rotate_pairs(q, at_query) @ rotate_pairs(k, at_key)
+        return rotate_pairs(q, rotation(at_query)) @ rotate_pairs(k, rotation(at_key))
 
     torch.testing.assert_close(logit(7, 3), logit(107, 103), atol=1e-4, rtol=1e-4)
     assert (logit(7, 3) - logit(8, 3)).abs() > 1e-3
@@ -37,4 +38,4 @@ def test_only_differences_of_the_index_count() -> None:
 
 def test_result_is_fp32() -> None:
     x, angles = torch.randn(2, 4, dtype=torch.bfloat16), torch.randn(2)
-    assert rotate_pairs(x, angles).dtype == torch.float32
+    assert rotate_pairs(x, rotation(angles)).dtype == torch.float32
