@@ -115,6 +115,10 @@ def _per_block(values: list[int]) -> np.ndarray:
 SHAPES = _per_block([int(block.shape) for block in BLOCK_TYPES])
 """Shape of each block number, (64,) uint8."""
 
+FIRST_PLANT = min(n for n, block in enumerate(BLOCK_TYPES) if block.shape == Shape.PLANT)
+"""Plants are the last blocks of the table."""
+assert (SHAPES[FIRST_PLANT : len(BLOCK_TYPES)] == Shape.PLANT).all()
+
 TEXTURE_NAMES: tuple[str, ...] = tuple(
     dict.fromkeys(
         name

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from decmem.world.compiled import compiled
-from decmem.world.trace import pictures, trace
+from decmem.world.pictures import pictures
+from decmem.world.trace import trace
 
 _HALF = np.float32(0.5)
 _FULL = np.float32(255)

@@ -2,16 +2,18 @@
 
 import numpy as np
 
-from decmem.world.blocks import FACE_TEXTURES, SHAPES, Shape
+from decmem.world.blocks import FIRST_PLANT
 from decmem.world.compiled import compiled
 from decmem.world.grid import BLOCK_MASK, CEILING, HEIGHT, HEIGHT_BITS, SIZE, SIZE_BITS
-from decmem.world.textures import TEXELS
+from decmem.world.pictures import face_texture, texel_at
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
+_BELOW_ONE = np.float32(0.99999)
 _FAR = np.float32(1e30)
+_OPAQUE = np.uint32(1 << 31)
 _TEXTURE_SIDE = np.float32(16)
-_PLANT = np.uint8(Shape.PLANT)
+_FIRST_PLANT = np.uint8(FIRST_PLANT)
 _BLOCK = np.uint8(BLOCK_MASK)
 _Z_STEP = np.int32(1 << HEIGHT_BITS)
 _X_STEP = np.int32(1 << (HEIGHT_BITS + SIZE_BITS))
@@ -31,20 +33,12 @@ def plant_level(footprint):
 
 
 @compiled
-def level_start(bits):
-    """Where the mip level of side 2**bits begins within a texture's texels."""
-    return np.int32((1024 - (4 << (2 * bits))) // 3)
-
-
-@compiled
 def _leaf_hit(pictures, texture, bits, u, v):
     """Whether the cut-out picture is there at u to the right and v up, both in cells."""
     if u < _ZERO or u >= _ONE or v < _ZERO or v >= _ONE:
         return False
-    side = np.float32(np.int32(1) << bits)
-    row = np.int32((_ONE - v) * side)
-    texel = texture * TEXELS + level_start(bits) + (min(row, (1 << bits) - 1) << bits)
-    return pictures[np.uint64(texel + np.int32(u * side))] >= np.uint32(1 << 31)
+    texel = texel_at(pictures, texture, bits, u, min(_ONE - v, _BELOW_ONE))
+    return texel >= _OPAQUE
 
 
 @compiled
@@ -53,7 +47,7 @@ def _meet_plant(pictures, block, qx, qy, qz, dx, dy, dz, spread, t):
 
     (qx, qy, qz): the ray's origin in the cell's own coordinates.
     """
-    texture = np.int32(FACE_TEXTURES[block, 1])
+    texture = face_texture(pictures, block, 1)
     bits = plant_level(_TEXTURE_SIDE * t * spread)
     first = second = _FAR
     if dx != dz:
@@ -126,7 +120,7 @@ def march(buffer, base, pictures, x, y, z, fx, fy, fz, dx, dy, dz, reach, spread
             i = _from_start(cx >> (HEIGHT_BITS + SIZE_BITS), x)
             j = np.int32(cy - y)
             k = _from_start(cz >> HEIGHT_BITS, z)
-            if SHAPES[block] != _PLANT:
+            if block < _FIRST_PLANT:
                 step = sx if face == 0 else sy if face == 2 else sz
                 return t, i, j, k, np.int32(face + (step < 0))
             qx, qy, qz = fx - np.float32(i), fy - np.float32(j), fz - np.float32(k)

@@ -9,8 +9,8 @@ from decmem.world.camera import DEFAULT_FOV, centres, intrinsics
 from decmem.world.compiled import compiled
 from decmem.world.grid import SIZE, World
 from decmem.world.marching import NOTHING, march
+from decmem.world.pictures import pictures
 from decmem.world.shading import REACH
-from decmem.world.trace import pictures
 
 PROBE_SIZE = (32, 48)
 

@@ -3,12 +3,9 @@
 import math
 
 import numpy as np
-from jaxtyping import UInt32
 
-from decmem.world.blocks import TEXTURE_NAMES
 from decmem.world.compiled import compiled
-from decmem.world.noise import octaves
-from decmem.world.textures import TEXELS
+from decmem.world.pictures import CLOUD_BITS, CLOUD_SIDE, CLOUDS
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
@@ -23,17 +20,6 @@ _CLOUD_FLOOR = np.float32(0.16)
 _CLOUD_SCALE = np.float32(11)
 _CLOUD_WHITE = np.float32(250)
 _BYTE = np.float32(1 / 255)
-
-CLOUDS = len(TEXTURE_NAMES) * TEXELS
-"""Where the clouds begin in the pictures."""
-_CLOUD_BITS = 6
-_CLOUD_SIDE = 1 << _CLOUD_BITS
-
-
-def cloud_map() -> UInt32[np.ndarray, " clouds"]:
-    """Cover of a flat periodic layer of clouds, 64 x 64 values of 0 to 255, in one row."""
-    noise = octaves(_CLOUD_SIDE, 5, 500, (4, 4096), (3, 2048), (2, 700))
-    return np.clip((noise - 250) * 170 // 1500, 0, 150).astype(np.uint32).reshape(-1)
 
 
 @compiled
@@ -53,15 +39,15 @@ def haze(dx, dy, dz, length):
 
 @compiled
 def _cloud(pictures, row, column):
-    mask = np.int32(_CLOUD_SIDE - 1)
-    return np.float32(pictures[CLOUDS + (((row & mask) << _CLOUD_BITS) | (column & mask))])
+    mask = np.int32(CLOUD_SIDE - 1)
+    return np.float32(pictures[CLOUDS + (((row & mask) << CLOUD_BITS) | (column & mask))])
 
 
 @compiled
 def sky(pictures, dx, dy, dz, length):
     """Colour of the open sky in a direction of that length: three float32, 0 to 255.
 
-    pictures: the texture atlas in one row, then the `cloud_map`.
+    pictures: `decmem.world.pictures.pictures()`.
     """
     red, green, blue = haze(dx, dy, dz, length)
     up = dy / length

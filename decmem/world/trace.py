@@ -3,21 +3,14 @@
 import math
 
 import numpy as np
-from jaxtyping import UInt32
 
 from decmem.world.compiled import compiled
 from decmem.world.grid import BLOCK_MASK, SIZE
 from decmem.world.marching import NOTHING, march
 from decmem.world.shading import REACH, shade
-from decmem.world.sky import cloud_map, sky
-from decmem.world.textures import texture_atlas
+from decmem.world.sky import sky
 
 _WRAP = np.int32(SIZE - 1)
-
-
-def pictures() -> UInt32[np.ndarray, " texels"]:
-    """What `trace` draws with: the texture atlas in one row, then the clouds."""
-    return np.concatenate([texture_atlas().reshape(-1), cloud_map()])
 
 
 @compiled
