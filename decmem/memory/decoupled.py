@@ -35,7 +35,7 @@ class DecoupledMemory(Memory):
             return self.decode(reading, o_alm)
         candidates = reading.plan.block_candidates(self.layout.M, q.device)
         if reading.bank is None:
-            pooled = self.sparse_global.pool(k)
+            pooled = self.sparse_global.pool(k[:, :, : candidates.shape[1] // self.layout.M])
         else:
             pooled = reading.bank.pooled[:, :, : candidates.shape[1]]
         o_sgm = self.sparse_global(q, k, v, pooled, candidates, reading.recall.retrieved)

@@ -43,14 +43,15 @@ class Plan:
     Attributes:
         windows: local visibility; its columns are pool latents from `window_first` on.
         window_first: first pool latent any window reaches.
-        candidates: (Tq, Tk) bool, blocks of pool latents that may be retrieved.
+        candidates: (Tq, Tc) bool, blocks of pool latents that may be retrieved; the pool's last
+            latents are left out where none may.
         history: latents of the pool that lie before the pass's own (0 in training).
         predicted: first query latent whose velocity is wanted.
     """
 
     windows: WindowTable
     window_first: int
-    candidates: Bool[Tensor, "Tq Tk"]
+    candidates: Bool[Tensor, "Tq Tc"]
     history: int = 0
     predicted: int = 0
     _forms: dict = field(default_factory=dict, compare=False, repr=False)
@@ -84,6 +85,9 @@ def _chunk_rows(reach: Reach, start: int, end: int, pool: int) -> tuple[Tensor, 
 
 def _plan(local: Tensor, candidates: Tensor, history: int, predicted: int) -> Plan:
     first = int(local.any(0).nonzero()[0])
+    # Latents nobody may retrieve (the noisy streams, the chunk at work) need no scores.
+    reachable = candidates.any(0).nonzero()
+    candidates = candidates[:, : int(reachable[-1]) + 1 if len(reachable) else 1]
     return Plan(WindowTable(local[:, first:]), first, candidates, history, predicted)
 
 

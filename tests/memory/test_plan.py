@@ -41,7 +41,10 @@ def tables(plan: Plan, pool: int) -> tuple[Tensor, Tensor]:
     """Local table over the whole pool, and candidates."""
     local = torch.zeros(len(plan.windows.table), pool, dtype=torch.bool)
     local[:, plan.window_first :] = plan.windows.table
-    return local, plan.candidates
+    # Columns nobody may retrieve are left out at the end of the pool.
+    candidates = torch.zeros(local.shape, dtype=torch.bool)
+    candidates[:, : plan.candidates.shape[1]] = plan.candidates
+    return local, candidates
 
 
 @pytest.mark.parametrize("streams", [1, 2])
@@ -118,7 +121,7 @@ def test_bank_plan_is_the_last_chunk_of_a_training_plan() -> None:
 def test_block_candidates_repeat_over_blocks() -> None:
     plan = bank_plan(Reach(), 2, 1, 1)
     blocks = plan.block_candidates(3, torch.device("cpu"))
-    assert blocks.tolist() == [[True] * 6 + [False] * 3] * 3
+    assert blocks.tolist() == [[True] * 6] * 3
 
 
 @pytest.mark.parametrize(("latents", "chunk", "write"), [(6, 4, 0), (8, 2, 4), (8, 4, 3)])
