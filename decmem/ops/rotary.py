@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 
 
@@ -15,7 +15,7 @@ class Rotation(NamedTuple):
 
 
 def rotary_angles(
-    index: Float[Tensor, "*shape"], channels: int, base: float
+    index: Real[Tensor, "*shape"], channels: int, base: float
 ) -> Float[Tensor, "*shape pairs"]:
     """Angles index * base^(-2i / channels), one per channel pair, fp32."""
     pairs = torch.arange(0, channels, 2, dtype=torch.float32, device=index.device)
