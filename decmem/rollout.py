@@ -26,7 +26,7 @@ from decmem.model.conditioning import (
 )
 from decmem.presets import preset
 from decmem.world.actions import validate_actions
-from decmem.world.kinematics import integrate
+from decmem.world.kinematics import check_rigid, integrate
 
 _NOISE_STREAM = 0x9E3779B97F4A7C15  # keeps the noise of neighbouring seeds apart
 
@@ -118,7 +118,7 @@ class Session:
                 f"{codec.latent_channels}",
                 "Give weights that were trained together",
             )
-        codec = codec.to(memory_format=torch.channels_last)
+        codec = codec.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         sampler = experiment.sampler
         return cls(
             codec,
@@ -179,6 +179,8 @@ class Session:
         if (F - first) % FRAMES_PER_LATENT or F == 0:
             form = "1 + 4n" if first else "4n"
             raise UserError("frames", f"{F} frames, expected {form}", "Drop the oldest ones")
+        if shown.dtype != np.uint8:
+            raise UserError("frames", f"numbers of type {shown.dtype}", "Give uint8 RGB")
         if shown.shape[2:4] != self.config.size:
             raise UserError(
                 "frames",
@@ -189,6 +191,7 @@ class Session:
         for name, x in (("actions", acted), ("world_to_camera", posed), ("intrinsics", lenses)):
             if x.shape[1] != F:
                 raise UserError(name, f"{x.shape[1]} for {F} frames", "Give one per frame")
+        acted, posed = _valid_actions(acted), _valid_poses(posed)
         started = time.perf_counter()
         latents = self.codec.encode(torch.from_numpy(shown), self._encoder).to(self.device)
         # The decoder's context is the latent before, whether it was seen or dreamed.
@@ -218,9 +221,7 @@ class Session:
         """
         if self.bank is None or self.conditions is None:
             raise UserError("step", "nothing was observed yet", "Call observe first")
-        acted = self._batched(actions, 2, "actions")
-        for world in acted:
-            validate_actions(world)
+        acted = _valid_actions(self._batched(actions, 2, "actions"))
         F = acted.shape[1]
         if F == 0 or F % FRAMES_PER_LATENT:
             raise UserError("actions", f"{F} actions, expected a multiple of 4", "Pad with no-ops")
@@ -228,7 +229,7 @@ class Session:
             last = self.conditions.world_to_camera[:, -1, -1].cpu().numpy()
             posed = np.stack([_continued(p, a) for p, a in zip(last, acted, strict=True)])
         else:
-            posed = self._batched(world_to_camera, 3, "world_to_camera")
+            posed = _valid_poses(self._batched(world_to_camera, 3, "world_to_camera"))
         if posed.shape[1] != F:
             raise UserError("world_to_camera", f"{posed.shape[1]} for {F} actions", "Give one each")
         lens = self.conditions.lens[:, -1:]
@@ -382,6 +383,15 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.timings[name] += time.perf_counter() - started
+
+
+def _valid_actions(actions: np.ndarray) -> np.ndarray:
+    return np.stack([validate_actions(world) for world in actions.astype(np.float32)])
+
+
+def _valid_poses(world_to_camera: np.ndarray) -> np.ndarray:
+    check_rigid(poses := world_to_camera.astype(np.float64))
+    return poses
 
 
 def _continued(last: np.ndarray, actions: np.ndarray) -> np.ndarray:

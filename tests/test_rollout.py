@@ -1,0 +1,543 @@
+"""The session on a small random model: what it generates depends on what it should, no more."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from decmem.codec import Autoencoder, CodecConfig
+from decmem.errors import UserError
+from decmem.experiment import to_plain
+from decmem.memory import DecoupledMemory, MemoryConfig, PositionConfig, Reach
+from decmem.model import ModelConfig, WorldModel, initialise
+from decmem.rollout import Session
+from decmem.shards import save_weights
+from decmem.world.camera import intrinsics, look
+from decmem.world.kinematics import integrate
+
+SIZE = (32, 48)
+CONFIG = ModelConfig(
+    size=SIZE,
+    latent_channels=4,
+    width=40,
+    layers=2,
+    ffn_multiple=2,
+    time_width=16,
+    patch=1,
+    reading=MemoryConfig(Reach(window=2, write_chunk=1), retrieved=6),
+    position=PositionConfig(
+        camera=8, space=8, time=4, space_base=100.0, time_base=100.0, reach=64.0, global_time=False
+    ),
+    chunk_sizes=(1, 2, 4),
+)
+CODEC = CodecConfig(
+    channels=4, widths=(8, 8, 8), encoder_depths=(1, 1, 1), decoder_depths=(1, 1, 1)
+)
+
+
+def shaken(part: torch.nn.Module) -> torch.nn.Module:
+    """Random parameters everywhere: fresh branches are silent."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return part.eval().requires_grad_(False)
+
+
+def new_model(config: ModelConfig = CONFIG) -> WorldModel:
+    model = WorldModel(config)
+    initialise(model)
+    return shaken(model)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Autoencoder:
+    torch.manual_seed(0)
+    return shaken(Autoencoder(CODEC))
+
+
+@pytest.fixture(scope="module")
+def model() -> WorldModel:
+    return new_model()
+
+
+@pytest.fixture(scope="module")
+def session(codec: Autoencoder, model: WorldModel) -> Callable[..., Session]:
+    """A session of two denoising steps."""
+
+    def made(**settings) -> Session:
+        return Session(codec, settings.pop("model", model), **{"steps": 2} | settings)
+
+    return made
+
+
+class Known(NamedTuple):
+    """What a session observes."""
+
+    frames: np.ndarray
+    actions: np.ndarray
+    world_to_camera: np.ndarray
+    intrinsics: np.ndarray
+
+    def stretch(self, first: int, last: int) -> "Known":
+        """Frames [first, last) of one world."""
+        return Known(*(x[first:last] for x in self))
+
+
+def acted(frames: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    actions = np.zeros((frames, 6), np.float32)
+    actions[:, 0] = 1
+    actions[:, 2] = random.integers(-40, 41, frames) / 8
+    return actions
+
+
+def known(frames: int = 17, worlds: int = 1) -> Known:
+    """Random pictures on a walk; the batch dimension is left out for one world."""
+    made = []
+    for w in range(worlds):
+        pictures = np.random.default_rng(w).integers(0, 256, (frames, *SIZE, 3), np.uint8)
+        actions = acted(frames, seed=w)
+        poses = integrate(look((10.0 * w, 1.6, -3.0), 40.0 * w, -10.0), actions)
+        made.append((pictures, actions, poses, np.tile(intrinsics(SIZE), (frames, 1, 1))))
+    stacked = [np.stack(x) for x in zip(*made, strict=True)]
+    return Known(*(x[0] for x in stacked)) if worlds == 1 else Known(*stacked)
+
+
+def future(frames: int, worlds: int = 1) -> np.ndarray:
+    actions = np.stack([acted(frames, seed=10 + w) for w in range(worlds)])
+    return actions[0] if worlds == 1 else actions
+
+
+def dreamt(session: Session, latents: int) -> Tensor:
+    """The last latents the session made."""
+    assert session.latents is not None
+    return session.latents[:, -latents:]
+
+
+def assert_alike(one: np.ndarray, other: np.ndarray) -> None:
+    """Equal but for the order of floating point sums."""
+    assert one.shape == other.shape
+    assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_pieces_of_the_same_chunks_make_the_same_frames(
+    chunk: int, session: Callable[..., Session]
+) -> None:
+    whole, pieces = session(chunk=chunk), session(chunk=chunk)
+    actions = future(16)
+    for one in (whole, pieces):
+        one.observe(*known())
+    at_once = whole.step(actions)
+    assert at_once.shape == (16, *SIZE, 3)
+    assert at_once.dtype == np.uint8
+    step = 4 * chunk
+    in_pieces = np.concatenate([pieces.step(actions[i : i + step]) for i in range(0, 16, step)])
+    torch.testing.assert_close(dreamt(pieces, 4), dreamt(whole, 4), atol=1e-5, rtol=1e-5)
+    assert_alike(at_once, in_pieces)
+    assert (whole.frames, whole.length) == (33, 9)
+
+
+def test_smaller_chunks_take_what_is_left(session: Callable[..., Session]) -> None:
+    one = session(chunk=4)
+    one.observe(*known())
+    assert one.step(future(28)).shape[0] == 28  # 4 + 2 + 1 latents
+    assert one.length == 12
+
+
+def test_batch_company_changes_nothing(session: Callable[..., Session]) -> None:
+    together = session(batch=2, seeds=[5, 9])
+    together.observe(*known(worlds=2))
+    frames = together.step(future(16, worlds=2))
+    assert frames.shape == (2, 16, *SIZE, 3)
+    for w, seed in enumerate((5, 9)):
+        alone = session(seeds=[seed])
+        alone.observe(*(x[w] for x in known(worlds=2)))
+        got = alone.step(future(16, worlds=2)[w])
+        expected = dreamt(together, 4)[w : w + 1]
+        torch.testing.assert_close(dreamt(alone, 4), expected, atol=1e-5, rtol=1e-5)
+        assert_alike(got, frames[w])
+
+
+def test_same_seed_same_frames(session: Callable[..., Session]) -> None:
+    made = []
+    for seed in (3, 3, 4):
+        one = session(seeds=[seed])
+        one.observe(*known())
+        made.append(one.step(future(16)))
+    assert np.array_equal(made[0], made[1])
+    assert (made[0] != made[2]).mean() > 0.5
+
+
+def test_noise_depends_on_seed_and_place_alone(session: Callable[..., Session]) -> None:
+    one, two = session(seeds=[3]), session(batch=2, seeds=[8, 3])
+    noise = one._noise([4, 5, 6])
+    assert torch.equal(two._noise([5, 6])[1], noise[0, 1:])
+    assert len({float(x) for x in two._noise([4, 5, 6])[:, :, 0, 0, 0].flatten()}) == 6
+    assert noise.mean().abs() < 0.1
+    assert abs(noise.std() - 1) < 0.1
+
+
+def test_reset_forgets_the_world(session: Callable[..., Session]) -> None:
+    one, fresh = session(), session()
+    one.observe(*known())
+    one.step(future(4))
+    one.reset()
+    assert (one.length, one.frames, one.latents, one.bank) == (0, 0, None, None)
+    for each in (one, fresh):
+        each.observe(*known(13))
+    assert np.array_equal(one.step(future(8)), fresh.step(future(8)))
+
+
+def test_observing_in_pieces_is_observing_at_once(session: Callable[..., Session]) -> None:
+    whole, pieces = session(), session()
+    data = known(25)
+    whole.observe(*data)
+    pieces.observe(*data.stretch(0, 9))
+    pieces.observe(*data.stretch(9, 25))
+    assert whole.length == pieces.length == 7
+    actions = future(16)
+    frames = whole.step(actions)
+    assert_alike(pieces.step(actions), frames)
+    torch.testing.assert_close(dreamt(pieces, 4), dreamt(whole, 4), atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_dreamt_can_be_corrected_by_observing(session: Callable[..., Session]) -> None:
+    one, other = session(), session()
+    data = known(25)
+    for each in (one, other):
+        each.observe(*data.stretch(0, 9))
+        each.step(data.actions[9:13], data.world_to_camera[9:13])
+    one.observe(*data.stretch(13, 17))
+    assert one.length == 5
+    assert one.step(future(4)).shape == (4, *SIZE, 3)
+    other.observe(*data.stretch(13, 17)._replace(frames=255 - data.frames[13:17]))
+    assert not torch.equal(dreamt(one, 1), dreamt(other, 1))
+
+
+def test_first_frame_alone_is_enough(session: Callable[..., Session]) -> None:
+    one = session()
+    one.observe(*known(1))
+    assert one.step(future(16)).std() > 0
+    assert one.length == 5
+
+
+def test_arguments_are_never_changed(session: Callable[..., Session]) -> None:
+    one, data, actions = session(), known(), future(16)
+    poses = integrate(data.world_to_camera[-1], np.concatenate((actions[:1] * 0, actions)))[1:]
+    before = [x.copy() for x in (*data, actions, poses)]
+    one.observe(*data)
+    one.step(actions, poses)
+    one.step(actions)
+    for x, copy in zip((*data, actions, poses), before, strict=True):
+        assert np.array_equal(x, copy)
+
+
+def test_poses_are_integrated_from_the_actions(session: Callable[..., Session]) -> None:
+    free, given = session(), session()
+    data, actions = known(), future(32)
+    poses = integrate(data.world_to_camera[-1], np.concatenate((actions[:1] * 0, actions)))[1:]
+    for one in (free, given):
+        one.observe(*data)
+    frames = free.step(actions)
+    given.step(actions[:16], poses[:16])
+    assert_alike(given.step(actions[16:], poses[16:]), frames[16:])
+    elsewhere = session()
+    elsewhere.observe(*data)
+    elsewhere.step(actions, poses[::-1].copy())
+    assert (dreamt(elsewhere, 8) - dreamt(free, 8)).abs().max() > 1e-2
+
+
+def test_guidance(session: Callable[..., Session]) -> None:
+    made = {}
+    for guidance in (None, 1.0, 0.0, 3.0):
+        one = session(guidance=guidance)
+        one.observe(*known())
+        one.step(future(4))
+        made[guidance] = dreamt(one, 1)
+    torch.testing.assert_close(made[1.0], made[None], atol=1e-4, rtol=1e-4)
+    assert (made[3.0] - made[1.0]).abs().max() > 1e-3
+    # One chunk: without guidance's conditional half the actions are not heard.
+    deaf = session(guidance=0.0)
+    deaf.observe(*known())
+    still = np.zeros((4, 6), np.float32)
+    poses = integrate(known().world_to_camera[-1], np.concatenate((still[:1], future(4))))[1:]
+    deaf.step(still, poses)
+    assert torch.equal(dreamt(deaf, 1), made[0.0])
+
+
+def closed(model: WorldModel) -> WorldModel:
+    """The same model whose gates let nothing through."""
+    twin = new_model(model.config)
+    for module in twin.modules():
+        if isinstance(module, DecoupledMemory):
+            module.gate.weight.zero_()
+            module.gate.bias.fill_(-200.0)
+    return twin
+
+
+def test_global_memory_off_is_a_closed_gate(
+    session: Callable[..., Session], model: WorldModel
+) -> None:
+    off, shut, on = session(), session(model=closed(model)), session()
+    off.global_memory = False
+    for one in (off, shut, on):
+        one.observe(*known(33))
+        one.step(future(16))
+    assert torch.equal(dreamt(off, 4), dreamt(shut, 4))
+    assert (dreamt(on, 4) - dreamt(off, 4)).abs().max() > 1e-2
+
+
+def test_shuffled_history_changes_far_memory_only(
+    session: Callable[..., Session], model: WorldModel
+) -> None:
+    def dream(which: WorldModel, shuffle: bool) -> Tensor:
+        one = session(model=which, batch=2)
+        one.observe(*known(33, worlds=2))
+        if shuffle:
+            one.shuffle_history([1, 0])
+        one.step(future(4, worlds=2))
+        return dreamt(one, 1)
+
+    assert (dream(model, True) - dream(model, False)).abs().max() > 1e-3
+    without = closed(model)
+    assert torch.equal(dream(without, True), dream(without, False))
+
+
+def test_k_may_be_chosen_when_reading(session: Callable[..., Session]) -> None:
+    few, usual, trained = session(retrieved=1), session(retrieved=6), session()
+    for one in (few, usual, trained):
+        one.observe(*known(33))
+        one.step(future(4))
+    assert torch.equal(dreamt(usual, 1), dreamt(trained, 1))
+    assert not torch.equal(dreamt(few, 1), dreamt(trained, 1))
+
+
+def strides(metres: float, frames: int, start: np.ndarray) -> np.ndarray:
+    """Poses that move sideways in long strides."""
+    poses = np.tile(start, (frames, 1, 1))
+    poses[:, 0, 3] -= metres * (1 + np.arange(frames))
+    return poses
+
+
+def test_long_walks_move_the_anchor_and_nothing_else(
+    session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = known()
+    poses = strides(2.0, 24, data.world_to_camera[-1])  # 48 m: within reach, past half of it
+    walker, rooted = session(), session()
+    for one in (walker, rooted):
+        one.observe(*data)
+    assert walker.bank is not None
+    assert rooted.bank is not None
+    anchor = walker.bank.anchor.clone()
+    walker.step(future(24), poses)
+    assert (walker.bank.anchor - anchor).norm() > 30
+    monkeypatch.setattr(Session, "_keep_near", lambda self, conditions: None)
+    rooted.step(future(24), poses)
+    assert torch.equal(rooted.bank.anchor, anchor)
+    torch.testing.assert_close(dreamt(walker, 6), dreamt(rooted, 6), atol=1e-3, rtol=1e-3)
+
+
+def test_very_long_walks_stay_finite(session: Callable[..., Session]) -> None:
+    one = session(chunk=4)
+    data = known()
+    one.observe(*data)
+    one.step(future(80), strides(500.0, 80, data.world_to_camera[-1]))
+    made = dreamt(one, 20)
+    assert made.isfinite().all()
+    # The last chunks are no wilder than the first.
+    assert made[:, -4:].std() < 2 * made[:, :4].std()
+    for layer in one.bank.layers:
+        assert layer.keys[:, :, : one.length].abs().max() < 1e3
+
+
+def test_roundtrip_through_the_codec(session: Callable[..., Session], codec: Autoencoder) -> None:
+    frames = known().frames
+    coded = session().codec_roundtrip(frames)
+    expected = codec.decode(codec.encode(torch.from_numpy(frames)[None]))[0].numpy()
+    assert np.array_equal(coded, expected)
+    pair = session(batch=2).codec_roundtrip(known(worlds=2).frames)
+    assert_alike(pair[0], coded)
+
+
+def test_clocks_run(session: Callable[..., Session]) -> None:
+    one = session()
+    one.observe(*known())
+    assert one.timings["rollout"] == 0
+    one.step(future(4))
+    assert set(one.timings) == {"encode", "prefill", "rollout", "decode"}
+    assert all(seconds > 0 for seconds in one.timings.values())
+
+
+@pytest.fixture(scope="module")
+def usual(session: Callable[..., Session]) -> np.ndarray:
+    """What comes after `known()` when nothing goes wrong."""
+    one = session()
+    one.observe(*known())
+    return one.step(future(4))
+
+
+def broken(**changes: np.ndarray) -> Known:
+    return known()._replace(**changes)
+
+
+def spoilt(x: np.ndarray, value: float, *at: int) -> np.ndarray:
+    x = x.copy()
+    x[at] = value
+    return x
+
+
+OBSERVATIONS = {
+    "16-frames": (lambda: known(16), "frames: 16 frames, expected 1 [+] 4n"),
+    "no-frames": (lambda: known().stretch(0, 0), "frames: 0 frames"),
+    "wrong-size": (lambda: broken(frames=known().frames[:, :24]), "frames: pictures of 24 x 48"),
+    "float-frames": (
+        lambda: broken(frames=known().frames / 255),
+        "frames: numbers of type float64",
+    ),
+    "actions-short": (lambda: broken(actions=acted(16)), "actions: 16 for 17 frames"),
+    "poses-short": (
+        lambda: broken(world_to_camera=known(16).world_to_camera),
+        "world_to_camera: 16 for 17",
+    ),
+    "lenses-short": (lambda: broken(intrinsics=known(16).intrinsics), "intrinsics: 16 for 17"),
+    "flat-actions": (lambda: broken(actions=acted(17)[0]), "actions: shape"),
+    "action-out-of-range": (
+        lambda: broken(actions=spoilt(acted(17), 99.0, 3, 2)),
+        "actions: yaw is 99 in frame 4",
+    ),
+    "pose-not-rigid": (
+        lambda: broken(world_to_camera=known().world_to_camera * 2),
+        "world_to_camera: pose 1 is not rigid",
+    ),
+    "pose-not-a-number": (
+        lambda: broken(world_to_camera=spoilt(known().world_to_camera, np.nan, 5, 0, 3)),
+        "world_to_camera: pose 6 is not rigid",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), OBSERVATIONS.values(), ids=OBSERVATIONS)
+def test_bad_observations_are_refused_and_leave_no_trace(
+    make: Callable[[], Known], message: str, session: Callable[..., Session], usual: np.ndarray
+) -> None:
+    one = session()
+    # As a user meets it: without the run-time checks of these tests.
+    with pytest.raises(UserError, match=message):
+        inspect.unwrap(Session.observe)(one, *make())
+    assert one.length == 0
+    one.observe(*known())
+    assert np.array_equal(one.step(future(4)), usual)
+
+
+def test_later_observations_have_4n_frames(session: Callable[..., Session]) -> None:
+    one = session()
+    one.observe(*known())
+    with pytest.raises(UserError, match=r"frames: 5 frames, expected 4n"):
+        one.observe(*known(5))
+
+
+STEPS = {
+    "no-actions": (lambda: (future(0),), "actions: 0 actions, expected a multiple of 4"),
+    "5-actions": (lambda: (future(5),), "actions: 5 actions"),
+    "out-of-range": (lambda: (spoilt(future(4), 2.0, 1, 0),), "actions: forward is 2 in frame 2"),
+    "not-a-number": (lambda: (spoilt(future(4), np.nan, 0, 2),), "actions: yaw is nan"),
+    "five-columns": (lambda: (future(4)[:, :5],), "actions: shape .4, 5."),
+    "two-worlds": (lambda: (future(4, worlds=2),), "actions: shape .2, 4, 6. for 1 worlds"),
+    "few-poses": (
+        lambda: (future(8), known().world_to_camera[:4]),
+        "world_to_camera: 4 for 8 actions",
+    ),
+    "not-rigid": (
+        lambda: (future(4), known().world_to_camera[:4] + 0.1),
+        "world_to_camera: pose 1 is not rigid",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), STEPS.values(), ids=STEPS)
+def test_bad_steps_are_refused_and_leave_no_trace(
+    make: Callable[[], tuple], message: str, session: Callable[..., Session], usual: np.ndarray
+) -> None:
+    one = session()
+    one.observe(*known())
+    with pytest.raises(UserError, match=message):
+        inspect.unwrap(Session.step)(one, *make())
+    assert np.array_equal(one.step(future(4)), usual)
+
+
+def test_nothing_is_made_of_nothing(session: Callable[..., Session]) -> None:
+    with pytest.raises(UserError, match="Call observe first"):
+        session().step(future(4))
+    with pytest.raises(UserError, match="Call observe first"):
+        session().shuffle_history([0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk": 3}, "chunk: 3 latents, trained with"),
+        ({"steps": 0}, "steps: 0 denoising steps"),
+        ({"batch": 2, "seeds": [1]}, "seeds: 1 for 2 worlds"),
+    ],
+)
+def test_bad_settings_are_refused(
+    settings: dict, message: str, session: Callable[..., Session]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        session(**settings)
+
+
+def test_chunks_that_no_size_divides_are_refused_before_anything_is_made(
+    session: Callable[..., Session],
+) -> None:
+    pairs = new_model(dataclasses.replace(CONFIG, chunk_sizes=(2, 4)))
+    one = session(model=pairs)
+    one.observe(*known())
+    with pytest.raises(UserError, match=r"actions: 1 latents are left.*multiple of 8 actions"):
+        one.step(future(12))
+    assert one.length == 5
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, codec: Autoencoder, model: WorldModel) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    save_weights(folder / "m.safetensors", model.state_dict(), {"model": to_plain(CONFIG)})
+    save_weights(folder / "c.safetensors", codec.state_dict(), {"codec": to_plain(CODEC)})
+    return folder
+
+
+def test_a_session_opens_from_files(stored: Path) -> None:
+    one = Session.open("tiny", stored / "m.safetensors", stored / "c.safetensors", device="cpu")
+    assert (one.steps, one.guidance, one.chunk) == (4, None, 4)
+    assert one.weights_sha256 is not None
+    one.observe(*known(5))
+    assert one.step(future(4)).shape == (4, *SIZE, 3)
+    other = Session.open(
+        "tiny", stored / "m.safetensors", stored / "c.safetensors", device="cpu",
+        steps=1, guidance=2.0, chunk=1, retrieved=3, batch=2, seeds=[4, 5],
+    )  # fmt: skip
+    assert (other.steps, other.guidance, other.chunk, other.retrieved) == (1, 2.0, 1, 3)
+    assert other.seeds == [4, 5]
+
+
+def test_weights_that_do_not_belong_together_are_refused(stored: Path) -> None:
+    foreign = Autoencoder(dataclasses.replace(CODEC, channels=8))
+    path = stored / "foreign.safetensors"
+    save_weights(path, foreign.state_dict(), {"codec": to_plain(foreign.config)})
+    with pytest.raises(UserError, match="4 latent channels and a codec of 8"):
+        Session.open("tiny", stored / "m.safetensors", path, device="cpu")
+    with pytest.raises(UserError, match="holds codec, not a model"):
+        Session.open("tiny", stored / "c.safetensors", stored / "c.safetensors", device="cpu")
+    with pytest.raises(UserError, match="missing"):
+        Session.open("tiny", stored / "none.safetensors", stored / "c.safetensors", device="cpu")
+    with pytest.raises(UserError, match="preset: 'huge' is unknown"):
+        Session.open("huge")
