@@ -77,9 +77,10 @@ class TokenLayout:
     @cached_property
     def valid(self) -> Bool[Tensor, "M P"] | None:
         """Slots that hold a token, or None when all do."""
-        counts = torch.tensor([len(m) for m in self._members])
-        if bool((counts == self.P).all()):
+        counts = [len(m) for m in self._members]
+        if min(counts) == self.P:
             return None
+        counts = torch.tensor(counts)
         return torch.arange(self.P) < counts[:, None]
 
     @cached_property

@@ -113,6 +113,8 @@ class WorldModel(nn.Module):
         super().__init__()
         self.config = config
         self.layout = config.layout
+        # Computed now: Dynamo cannot enter a cached property on Python 3.11.
+        _ = self.layout.valid
         width = config.width
         self.patchify = Linear(config.latent_channels * config.patch**2, width)
         self.time = TimeEmbedding(config.time_width)
