@@ -27,9 +27,11 @@ def mean_squared_error(
 ) -> Float64[np.ndarray, "F"]:
     """Mean over pixels and channels of the squared difference, one value a frame, on [0, 1]."""
     _same_size(prediction, truth)
-    difference = prediction.astype(np.int32) - truth.astype(np.int32)
-    per_frame = np.square(difference).reshape(len(truth), -1).mean(axis=1, dtype=np.float64)
-    return per_frame / 255.0**2
+    errors = []
+    for made, real in zip(prediction, truth, strict=True):  # one frame fits the cache, all do not
+        difference = np.subtract(made, real, dtype=np.float64).ravel()
+        errors.append(np.dot(difference, difference) / difference.size)
+    return np.array(errors) / 255.0**2
 
 
 def _decibels(error: Float64[np.ndarray, "F"]) -> Float64[np.ndarray, "F"]:
@@ -61,23 +63,21 @@ def psnr_legacy_worldmem(
     return psnr_pooled(prediction, truth) + 20.0 * float(np.log10(2.0))
 
 
-def _gaussian_window() -> np.ndarray:
+def _gaussian_rows(length: int) -> np.ndarray:
+    """(length - 10, length): each row the Gaussian window at one place where it fits whole."""
     offsets = np.arange(SSIM_SIDE) - SSIM_SIDE // 2
     weights = np.exp(-(offsets**2) / (2.0 * SSIM_SIGMA**2))
-    return weights / weights.sum()
+    rows = np.zeros((length - SSIM_SIDE + 1, length))
+    for place in range(len(rows)):
+        rows[place, place : place + SSIM_SIDE] = weights / weights.sum()
+    return rows
 
 
 def _blur(images: np.ndarray) -> np.ndarray:
-    """Gaussian-weighted mean at every position where the whole window fits, along axes 1 and 2."""
-    frames, height, width, channels = images.shape
-    height, width = height - SSIM_SIDE + 1, width - SSIM_SIDE + 1
-    rows = np.zeros((frames, height, images.shape[2], channels))
-    blurred = np.zeros((frames, height, width, channels))
-    for i, weight in enumerate(_gaussian_window()):
-        rows += weight * images[:, i : i + height]
-    for i, weight in enumerate(_gaussian_window()):
-        blurred += weight * rows[:, :, i : i + width]
-    return blurred
+    """(H, W, C) to (H - 10, W - 10, C): the weighted mean wherever the whole window fits."""
+    height, width, channels = images.shape
+    rows = _gaussian_rows(height) @ images.reshape(height, width * channels)
+    return _gaussian_rows(width) @ rows.reshape(-1, width, channels)
 
 
 def ssim_per_frame(
@@ -92,14 +92,16 @@ def ssim_per_frame(
     _same_size(prediction, truth)
     if min(truth.shape[1:3]) < SSIM_SIDE:
         raise ValueError(f"truth: {truth.shape[1]}x{truth.shape[2]} is smaller than 11x11")
-    x, y = prediction / 255.0, truth / 255.0
-    mean_x, mean_y = _blur(x), _blur(y)
-    variance_x = _blur(x * x) - mean_x**2
-    variance_y = _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
+    return np.array([_ssim(x / 255.0, y / 255.0) for x, y in zip(prediction, truth, strict=True)])
+
+
+def _ssim(x: np.ndarray, y: np.ndarray) -> float:
+    moments = _blur(np.concatenate([x, y, x * x, y * y, x * y], axis=2))
+    mean_x, mean_y, square_x, square_y, product = np.split(moments, 5, axis=2)
     luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
-    structure = (2 * covariance + SSIM_C2) / (variance_x + variance_y + SSIM_C2)
-    return (luminance * structure).mean(axis=(1, 2, 3))
+    spread = square_x - mean_x**2 + square_y - mean_y**2
+    structure = (2 * (product - mean_x * mean_y) + SSIM_C2) / (spread + SSIM_C2)
+    return float((luminance * structure).mean())
 
 
 def gradient_energy(frames: UInt8[np.ndarray, "F H W 3"]) -> Float64[np.ndarray, "F"]:

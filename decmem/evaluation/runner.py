@@ -91,13 +91,21 @@ class Runner:
         dreams = self._dreams(episodes, seeds, report)
         report("yardsticks", self._work(seeds))
         bank = self.protocol.bank
-        for i, (seed, episode) in enumerate(zip(seeds, episodes, strict=True)):
+        dreams["codec"] = np.stack(
+            [
+                through_codec(self.session, episode, seed)[bank:]
+                for seed, episode in zip(seeds, episodes, strict=True)
+            ]
+        )
+
+        def score(i: int) -> EpisodeScore:
             rows = {name: {0: frames[i]} for name, frames in dreams.items()}
-            rows["codec"] = {0: through_codec(self.session, episode, seed)[bank:]}
-            yardsticks, seen = self._yardsticks(episode)
-            rows.update(yardsticks)
-            truth = episode.frames[bank:]
-            yield score_episode(seed, walk, truth, rows, seen, self.protocol.windows, bank)
+            yardsticks, seen = self._yardsticks(episodes[i])
+            truth, windows = episodes[i].frames[bank:], self.protocol.windows
+            return score_episode(seeds[i], walk, truth, {**rows, **yardsticks}, seen, windows, bank)
+
+        with ThreadPoolExecutor(max_workers=self.threads) as pool:
+            yield from pool.map(score, range(len(seeds)))
 
     def _dreams(
         self,
@@ -147,7 +155,6 @@ class Runner:
             episode.frames[bank],
             geometry(episode, bank),
             geometry(episode, window.of_clip()),
-            self.threads,
         )
         return frames
 
