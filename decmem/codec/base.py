@@ -104,7 +104,7 @@ class Codec(nn.Module):
             h, w = (n * self.spatial_stride for n in latents.shape[3:])
             return torch.zeros(len(latents), 0, h, w, 3, dtype=torch.uint8, device=latents.device)
         start = stream.previous is None
-        before = torch.zeros_like(latents[:, :1]) if start else stream.previous
+        before = torch.zeros_like(latents[:, :1]) if stream.previous is None else stream.previous
         previous = torch.cat((before, latents[:, :-1]), dim=1)
         stream.previous = latents[:, -1:].clone()
         out = []

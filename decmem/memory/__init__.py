@@ -1,5 +1,6 @@
 """The paper's subject: the bank, the decoupled memory, and its rivals on the same seam."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from decmem.memory.bank import Bank
@@ -12,7 +13,7 @@ from decmem.memory.windowed import WindowMemory
 
 MemoryName = Literal["decoupled", "window", "dense"]
 
-MEMORIES: dict[str, type[Memory]] = {
+MEMORIES: dict[str, Callable[[MemoryConfig, PositionConfig, TokenLayout, int], Memory]] = {
     "decoupled": DecoupledMemory,
     "window": WindowMemory,
     "dense": WindowMemory,
