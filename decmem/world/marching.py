@@ -33,31 +33,31 @@ def plant_level(footprint):
 
 
 @compiled
-def _leaf_hit(pictures, texture, bits, u, v):
+def _leaf_hit(pictures, texture, footprint, u, v):
     """Whether the cut-out picture is there at u to the right and v up, both in cells."""
     if u < _ZERO or u >= _ONE or v < _ZERO or v >= _ONE:
         return False
-    texel = texel_at(pictures, texture, bits, u, min(_ONE - v, _BELOW_ONE))
-    return texel >= _OPAQUE
+    down = min(_ONE - v, _BELOW_ONE)
+    return texel_at(pictures, texture, plant_level(footprint), u, down) >= _OPAQUE
 
 
 @compiled
-def _meet_plant(pictures, block, qx, qy, qz, dx, dy, dz, spread, t):
-    """Where the ray meets the plant in a cell it enters at t, or far away.
+def _meet_plant(pictures, block, qx, qy, qz, dx, dy, dz, spread):
+    """Where the ray meets the plant in a cell, or far away.
 
     (qx, qy, qz): the ray's origin in the cell's own coordinates.
     """
     texture = face_texture(pictures, block, 1)
-    bits = plant_level(_TEXTURE_SIDE * t * spread)
+    scale = _TEXTURE_SIDE * spread
     first = second = _FAR
     if dx != dz:
-        meet = (qz - qx) / (dx - dz)
-        if meet > _ZERO and _leaf_hit(pictures, texture, bits, qx + meet * dx, qy + meet * dy):
-            first = meet
+        t = (qz - qx) / (dx - dz)
+        if t > _ZERO and _leaf_hit(pictures, texture, scale * t, qx + t * dx, qy + t * dy):
+            first = t
     if dx != -dz:
-        meet = (_ONE - qx - qz) / (dx + dz)
-        if meet > _ZERO and _leaf_hit(pictures, texture, bits, qx + meet * dx, qy + meet * dy):
-            second = meet
+        t = (_ONE - qx - qz) / (dx + dz)
+        if t > _ZERO and _leaf_hit(pictures, texture, scale * t, qx + t * dx, qy + t * dy):
+            second = t
     return min(first, second)
 
 
@@ -124,7 +124,7 @@ def march(buffer, base, pictures, x, y, z, fx, fy, fz, dx, dy, dz, reach, spread
                 step = sx if face == 0 else sy if face == 2 else sz
                 return t, i, j, k, np.int32(face + (step < 0))
             qx, qy, qz = fx - np.float32(i), fy - np.float32(j), fz - np.float32(k)
-            t = _meet_plant(pictures, block, qx, qy, qz, dx, dy, dz, spread, t)
+            t = _meet_plant(pictures, block, qx, qy, qz, dx, dy, dz, spread)
             if t <= reach:
                 return t, i, j, k, np.int32(PLANT_FACE)
     return _FAR, np.int32(0), np.int32(0), np.int32(0), np.int32(NOTHING)

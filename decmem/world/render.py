@@ -118,12 +118,12 @@ class Renderer:
             from decmem.world import cuda_renderer
 
             rgb, far, block = cuda_renderer.render_frames(
-                stack, world_index.to(self.device, torch.int32), cells, insets, rotations,
+                stack.view(-1), world_index.to(self.device, torch.int64), cells, insets, rotations,
                 focal, self.size, self.supersample, depth,
             )  # fmt: skip
         else:
             arrays = cpu_renderer.render_frames(
-                stack.numpy(), world_index.numpy(), cells.numpy(), insets.numpy(),
+                stack.view(-1).numpy(), world_index.numpy(), cells.numpy(), insets.numpy(),
                 rotations.numpy(), focal, self.size, self.supersample, depth, self.threads,
             )  # fmt: skip
             rgb, far, block = (torch.from_numpy(array) for array in arrays)
