@@ -122,6 +122,7 @@ def _axes(figure: Figure, panels: int, number: int, title: str) -> Axes:
 
 def _label_ends(axes: Axes, last: float, ends: Mapping[str, float]) -> None:
     """Name every line at its right end, names pushed apart where lines end close together."""
+    axes.set_xlim(right=last)
     low, high = axes.get_ylim()
     gap = 0.055 * (high - low)
     place = -np.inf

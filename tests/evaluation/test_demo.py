@@ -15,7 +15,7 @@ from decmem.evaluation.take import CURVES
 
 from .fakes import CODEC_ERROR, FULL_ERROR, OFF_ERROR, FakeSession, fake_episode, psnr_of
 
-BANK, FRAMES, SEEDS = 9, 20, [3, 4]
+BANK, FRAMES, SEEDS = 5, 12, [3, 4]
 HEADER = {"preset": "fake", "steps": 4, "weights_sha256": "0" * 64, "world_version": "w/0"}
 
 
