@@ -6,13 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cuda
-from numba.core.dispatcher import Dispatcher
 
-from decmem.errors import UserError
-from decmem.world import cpu_renderer
-from decmem.world.grid import BUFFER
-from decmem.world.pictures import pictures
+if not hasattr(np, "row_stack"):
+    # numpy 2.5 dropped this alias, and numba-cuda up to 0.30 asks for it by name.
+    np.row_stack = np.vstack  # pyright: ignore[reportAttributeAccessIssue]
+
+from numba import cuda  # noqa: E402
+from numba.core.dispatcher import Dispatcher  # noqa: E402
+
+from decmem.errors import UserError  # noqa: E402
+from decmem.world import cpu_renderer  # noqa: E402
+from decmem.world.grid import BUFFER  # noqa: E402
+from decmem.world.pictures import pictures  # noqa: E402
 
 MAX_REGISTERS: int | None = None
 """Registers a thread may use; fewer let more threads run at once. None: as many as it likes."""
