@@ -82,12 +82,16 @@ def test_nothing_is_left_behind_when_drawing_fails(
 
 
 def test_the_curve_grows_with_time(shot: demo.Shoot) -> None:
-    strip = Screening(shot.takes[0]).strip
+    screening = Screening(shot.takes[0])
+    strip = screening.strip
     empty, half, whole = (np.asarray(strip.picture(i)) for i in (None, FRAMES // 2, FRAMES - 1))
     drawn_half = (half != empty).any(axis=(0, 2)).nonzero()[0]
     drawn_whole = (whole != empty).any(axis=(0, 2)).nonzero()[0]
     assert drawn_half.max() < 0.65 * strip.size[0] < drawn_whole.max()
     assert set(shot.takes[0].psnr) == set(CURVES)
+    shown = np.asarray(screening.dream(FRAMES // 2))
+    part = shown[screening.foot : screening.foot + strip.size[1], screening.lefts[1] :]
+    assert (part[:, : strip.size[0]] == half).all()
 
 
 def test_keys_light_up_when_used(shot: demo.Shoot) -> None:
