@@ -26,26 +26,28 @@ def camera_of(cells, insets, rotations, frame):
 
 
 @compiled
-def render_pixel(buffers, base, texels, camera, focal, fine, left, upper, deep):
+def render_pixel(buffers, base, texels, camera, pitch, fine, left, upper, deep):
     """One pixel: the mean of fine x fine rays, and depth and block of the ray through its centre.
 
-    (left, upper): the pixel's upper left corner, from the middle of the picture. Returns red,
+    pitch: a pixel's width at depth one; (left, upper): its upper left corner, in pixels from the
+    middle of the picture. Returns red,
     green, blue (uint8), depth (float32) and block (uint8); the last two count only if `deep`.
     """
     cell, inset, right, down, forward = camera
     step = _ONE / np.float32(fine)
-    spread = step / focal
+    spread = step * pitch
     red = green = blue = np.float32(0)
     depth = np.float32(0)
     block = np.int32(0)
     rays = fine * fine
     # One ray more, through the centre, if that is none of the others.
     total = rays + 1 if deep and fine % 2 == 0 else rays
+    across = below = _HALF * step
     for ray in range(total):
-        across = (np.float32(ray % fine) + _HALF) * step if ray < rays else _HALF
-        below = (np.float32(ray // fine) + _HALF) * step if ray < rays else _HALF
-        vx = (left + across) / focal
-        vy = (upper + below) / focal
+        if ray == rays:
+            across = below = _HALF
+        vx = (left + across) * pitch
+        vy = (upper + below) * pitch
         dx = right[0] * vx + down[0] * vy + forward[0]
         dy = right[1] * vx + down[1] * vy + forward[1]
         dz = right[2] * vx + down[2] * vy + forward[2]
@@ -60,6 +62,10 @@ def render_pixel(buffers, base, texels, camera, focal, fine, left, upper, deep):
         if across == _HALF and below == _HALF:
             depth = t
             block = kind
+        across += step
+        if across > _ONE:
+            across = _HALF * step
+            below += step
     share = step * step
     return (
         np.uint8(min(red * share + _HALF, _FULL)),
@@ -72,7 +78,7 @@ def render_pixel(buffers, base, texels, camera, focal, fine, left, upper, deep):
 
 @compiled
 def _render_frame(
-    buffers, index, texels, cells, insets, rotations, focal, fine, frame, rgb, depth, block
+    buffers, index, texels, cells, insets, rotations, pitch, fine, frame, rgb, depth, block
 ):
     """Fill frame `frame` of rgb (F, H, W, 3) and of depth and block, unless these are empty."""
     height, width = rgb.shape[1], rgb.shape[2]
@@ -84,7 +90,7 @@ def _render_frame(
         for column in range(width):
             left = np.float32(column) - np.float32(width) * _HALF
             r, g, b, t, kind = render_pixel(
-                buffers, base, texels, camera, focal, fine, left, upper, deep
+                buffers, base, texels, camera, pitch, fine, left, upper, deep
             )
             rgb[frame, row, column, 0] = r
             rgb[frame, row, column, 1] = g
@@ -121,7 +127,7 @@ def render_frames(
 
     def render(frame: int) -> None:
         _render_frame(
-            buffers, index, texels, cells, insets, rotations, np.float32(focal), supersample,
+            buffers, index, texels, cells, insets, rotations, np.float32(1 / focal), supersample,
             frame, rgb, depth, block,
         )  # fmt: skip
 

@@ -11,13 +11,13 @@ if not hasattr(np, "row_stack"):
     # numpy 2.5 dropped this alias, and numba-cuda up to 0.30 asks for it by name.
     np.row_stack = np.vstack  # pyright: ignore[reportAttributeAccessIssue]
 
-from numba import cuda  # noqa: E402
-from numba.core.dispatcher import Dispatcher  # noqa: E402
+from numba import cuda
+from numba.core.dispatcher import Dispatcher
 
-from decmem.errors import UserError  # noqa: E402
-from decmem.world import cpu_renderer  # noqa: E402
-from decmem.world.grid import BUFFER  # noqa: E402
-from decmem.world.pictures import pictures  # noqa: E402
+from decmem.errors import UserError
+from decmem.world import cpu_renderer
+from decmem.world.grid import BUFFER
+from decmem.world.pictures import pictures
 
 MAX_REGISTERS: int | None = None
 """Registers a thread may use; fewer let more threads run at once. None: as many as it likes."""
@@ -52,7 +52,7 @@ def kernel(max_registers: int | None) -> Any:
     pixel = device_function(cpu_renderer.render_pixel)
     camera_of = device_function(cpu_renderer.camera_of)
 
-    def render(buffers, index, texels, cells, insets, rotations, focal, fine, rgb, depth, block):
+    def render(buffers, index, texels, cells, insets, rotations, pitch, fine, rgb, depth, block):
         height, width = rgb.shape[1], rgb.shape[2]
         across = (width + _TILE_WIDTH - 1) // _TILE_WIDTH
         down = (height + _TILE_HEIGHT - 1) // _TILE_HEIGHT
@@ -68,7 +68,7 @@ def kernel(max_registers: int | None) -> Any:
         upper = np.float32(row) - np.float32(height) * _HALF
         deep = depth.shape[0] > 0
         camera = camera_of(cells, insets, rotations, frame)
-        r, g, b, t, kind = pixel(buffers, base, texels, camera, focal, fine, left, upper, deep)
+        r, g, b, t, kind = pixel(buffers, base, texels, camera, pitch, fine, left, upper, deep)
         rgb[frame, row, column, 0] = r
         rgb[frame, row, column, 1] = g
         rgb[frame, row, column, 2] = b
@@ -112,7 +112,7 @@ def render_frames(
     with cuda.gpus[number]:
         stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
         kernel(MAX_REGISTERS)[(*grid(count, size), stream)](
-            buffers, index, _device_pictures(number), cells, insets, rotations, np.float32(focal),
+            buffers, index, _device_pictures(number), cells, insets, rotations, np.float32(1 / focal),
             supersample, rgb, depth, block,
         )  # fmt: skip
     return rgb, depth, block

@@ -9,7 +9,7 @@ from decmem.world.compiled import compiled
 from decmem.world.grid import BUFFER, CELLS, HEIGHT, SIZE, World
 from decmem.world.hashing import at, below, stream
 from decmem.world.landmarks import place_landmarks
-from decmem.world.lighting import light_and_index
+from decmem.world.lighting import finish
 from decmem.world.noise import octaves
 from decmem.world.terrain import build_ground
 
@@ -67,5 +67,5 @@ def build_world(seed: int) -> World:
     tops, biomes = build_ground(seed, blocks)
     place_landmarks(seed, blocks, tops, biomes)
     scatter_plants(seed, blocks, tops, biomes)
-    light_and_index(buffer)
+    finish(buffer)
     return World(seed, buffer)

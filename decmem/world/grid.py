@@ -16,11 +16,8 @@ SEA = 20
 """The y of the uppermost water block."""
 
 CELLS = SIZE * SIZE * HEIGHT
-BRICK_BITS = 2
-"""A brick is 4x4x4 cells; empty bricks are crossed in one stride."""
-BRICKS = CELLS >> (3 * BRICK_BITS)
-CEILING = CELLS + BRICKS
-"""Where the buffer keeps the height above which a world is empty."""
+CEILING = CELLS
+"""Where the buffer keeps the height from which on a world is empty."""
 BUFFER = CEILING + 64
 
 BLOCK_MASK = (1 << BLOCK_BITS) - 1
@@ -32,8 +29,7 @@ LIGHT_SHIFT = BLOCK_BITS
 class World:
     """A block world.
 
-    buffer: (BUFFER,) uint8: the cells in (x, z, y) order, y fastest; then one flag per brick in the
-    same order; then the ceiling.
+    buffer: (BUFFER,) uint8: the cells in (x, z, y) order, y fastest; then the ceiling.
     """
 
     seed: int

@@ -1,11 +1,11 @@
-"""What the renderers need beside the blocks: light, empty bricks, the ceiling."""
+"""What the renderers need beside the blocks: light, and the ceiling."""
 
 import numpy as np
 from jaxtyping import UInt8
 
 from decmem.world.blocks import SHAPES, Shape
 from decmem.world.compiled import compiled
-from decmem.world.grid import BLOCK_MASK, BRICK_BITS, CEILING, CELLS, HEIGHT, LIGHT_SHIFT, SIZE
+from decmem.world.grid import BLOCK_MASK, CEILING, CELLS, HEIGHT, LIGHT_SHIFT, SIZE
 
 _EMPTY = int(Shape.EMPTY)
 _PLANT = int(Shape.PLANT)
@@ -54,30 +54,20 @@ def _light(cells, roofs):
 
 
 @compiled
-def _index_bricks(buffer, cells):
-    """Flag the bricks that hold anything; return the height above which all are empty."""
-    side = 1 << BRICK_BITS
-    columns = cells.shape[0] >> BRICK_BITS
-    layers = cells.shape[2] >> BRICK_BITS
+def _ceiling(cells):
+    """The height from which on nothing but air is found."""
     ceiling = 0
-    number = CELLS
-    for i in range(columns):
-        for j in range(columns):
-            for k in range(layers):
-                full = False
-                for x in range(i * side, (i + 1) * side):
-                    for z in range(j * side, (j + 1) * side):
-                        for y in range(k * side, (k + 1) * side):
-                            full = full or (cells[x, z, y] & BLOCK_MASK) != 0
-                buffer[number] = full
-                number += 1
-                if full:
-                    ceiling = max(ceiling, (k + 1) * side)
-    buffer[CEILING] = ceiling
+    for x in range(cells.shape[0]):
+        for z in range(cells.shape[1]):
+            for y in range(HEIGHT - 1, ceiling - 1, -1):
+                if cells[x, z, y] & BLOCK_MASK:
+                    ceiling = y + 1
+                    break
+    return ceiling
 
 
-def light_and_index(buffer: UInt8[np.ndarray, " bytes"]) -> None:
+def finish(buffer: UInt8[np.ndarray, " bytes"]) -> None:
     """Complete a world's buffer whose cells hold blocks only, in place."""
     cells = buffer[:CELLS].reshape(SIZE, SIZE, HEIGHT)
     _light(cells, _roofs(cells))
-    _index_bricks(buffer, cells)
+    buffer[CEILING] = _ceiling(cells)
