@@ -58,7 +58,7 @@ class CurveStrip:
         draw = ImageDraw.Draw(canvas)
         right = self.size[0] - _RIGHT
         step = 10 if self.high - self.low > 25 else 5
-        for level in range(int(self.low), int(self.high) + 1, step):
+        for level in range(step * math.ceil(self.low / step), int(self.high) + 1, step):
             y = round(self._y(level))
             draw.line((_LEFT, y, right, y), fill=RULE, width=1)
             write(draw, (_LEFT - 12, y), str(level), 16, MUTED, "rm")
