@@ -112,7 +112,7 @@ def render_frames(
     with cuda.gpus[number]:
         stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
         kernel(MAX_REGISTERS)[(*grid(count, size), stream)](
-            buffers, index, _device_pictures(number), cells, insets, rotations, np.float32(1 / focal),
-            supersample, rgb, depth, block,
+            buffers, index, _device_pictures(number), cells, insets, rotations,
+            np.float32(1 / focal), supersample, rgb, depth, block,
         )  # fmt: skip
     return rgb, depth, block
