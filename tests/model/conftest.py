@@ -110,3 +110,8 @@ def with_reach() -> Callable[..., ModelConfig]:
         )
 
     return made
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
