@@ -11,7 +11,6 @@ touched.
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Literal, get_args
 
 from jaxtyping import Bool, Float, Int
@@ -36,10 +35,13 @@ _BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@lru_cache
+# Asked once: compiled code cannot search for packages.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def triton_available() -> bool:
     """Whether the triton package is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def choose_backend(backend: Backend, q: Tensor) -> Backend:

@@ -169,10 +169,9 @@ def _key_gradient_kernel(
     tl.store(DV + k_at, dv.to(DV.dtype.element_ty), mask=out_ok)
 
 
-def _tile(tokens: int, most: int = 64) -> int:
-    """Rows of a tile: the power of two that wastes least on a block, larger ones first."""
-    sizes = [t for t in (128, 64, 32, 16) if t <= most]
-    return min(sizes, key=lambda t: (-(-tokens // t) * t, -t))
+def _tile(tokens: int) -> int:
+    """Rows of a tile. 64 fill a warp group; on an H200 two of them beat three of 32 for 96 rows."""
+    return 64 if tokens > 32 else 32 if tokens > 16 else 16
 
 
 def _warps(rows: int) -> int:
@@ -220,7 +219,7 @@ def _forward(
         q, k, v, lists, valid, out, lse,
         H, lists.shape[1], NQ, k.shape[2], scale * math.log2(math.e),
         SLOTS=slots, SLOTS2=triton.next_power_of_2(slots), **_shapes(q, k, lists, valid),
-        BM=bm, BN=64, num_warps=_warps(bm),  # pyright: ignore[reportCallIssue]
+        BM=bm, BN=64, num_warps=_warps(bm), num_stages=2,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return out, lse
 
@@ -246,14 +245,14 @@ def _backward(
         q, k, v, lists, valid, grad, lse, delta, dq,
         H, G, NQ, NK, scale, scale_log2,
         SLOTS=slots, SLOTS2=triton.next_power_of_2(slots), **shapes,
-        BM=bm, BN=64, num_warps=_warps(bm),  # pyright: ignore[reportCallIssue]
+        BM=bm, BN=64, num_warps=_warps(bm), num_stages=2,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     readers, offsets = inverse_lists(lists, NK)
     bn = _tile(PK)
     _key_gradient_kernel[(NK * triton.cdiv(PK, bn), B * H)](
         q, k, v, readers, offsets, valid, grad, lse, delta, dk, dv,
         H, G, NQ, NK, NQ * slots, scale, scale_log2,
-        **shapes, BM=64, BN=bn, num_warps=_warps(bn),  # pyright: ignore[reportCallIssue]
+        **shapes, BM=64, BN=bn, num_warps=_warps(bn), num_stages=2,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return dq, dk, dv
 
