@@ -177,7 +177,7 @@ def test_same_seed_same_frames(session: Callable[..., Session]) -> None:
 
 
 def test_noise_depends_on_seed_and_place_alone(session: Callable[..., Session]) -> None:
-    one, two = session(seeds=[3]), session(batch=2, seeds=[8, 3])
+    one, two = session(seeds=[3]), session(batch=2, seeds=[4, 3])
     noise = one._noise([4, 5, 6])
     assert torch.equal(two._noise([5, 6])[1], noise[0, 1:])
     assert len({float(x) for x in two._noise([4, 5, 6])[:, :, 0, 0, 0].flatten()}) == 6

@@ -96,7 +96,7 @@ def test_slab_size_changes_nothing(
 def test_memory_of_a_stream_is_constant(codec: Autoencoder) -> None:
     encoder, decoder = EncoderStream(), DecoderStream()
     held = []
-    for piece in pieces(clip(33), [3] * 11):
+    for piece in pieces(clip(33), [11] * 3):
         latents = codec.encode(piece, encoder)
         codec.decode(latents, decoder)
         held.append(
@@ -140,6 +140,15 @@ def test_a_latent_changes_its_own_frames_and_the_next_latents(codec: Autoencoder
         last = 1 + 4 * (latent + 1)
         expected = [first <= frame < last for frame in range(13)]
         assert changed(before, codec.decode(other)) == expected
+
+
+def test_nothing_comes_before_the_first_latent(codec: Autoencoder) -> None:
+    # Zero where latents are not normalised; zero where they are would be the mean latent.
+    latents = codec.encode(clip(5))
+    raw = latents[:, 0] * codec.deviation[:, None, None] + codec.mean[:, None, None]
+    picture = codec.pictures(raw, torch.zeros_like(raw))[:, -3:].movedim(1, -1)
+    expected = ((picture + 1) * 127.5).clamp(0, 255)
+    assert (codec.decode(latents)[:, 0].float() - expected).abs().max() <= 0.51
 
 
 def test_raw_latents_have_unit_rms(codec: Autoencoder) -> None:

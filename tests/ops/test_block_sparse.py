@@ -265,6 +265,17 @@ def test_empty_lists_read_zeros(run: Run) -> None:
 
 
 @exact_backend
+def test_blocks_without_a_token_read_zeros(run: Run) -> None:
+    x = make(Case(K=1)).to(run)
+    x.lists[:] = torch.tensor([[0], [1]])
+    x = x._replace(valid=torch.tensor([[True] * 16, [False] * 16], device=run.device))
+    output, dq, dk, dv = ours(x, run.backend)
+    assert output[:, :, 0].all()
+    for result in (output[:, :, 1], dq[:, :, 1], dk[:, :, 1:], dv[:, :, 1:]):
+        assert not result.any()
+
+
+@exact_backend
 def test_scale(run: Run) -> None:
     x = make(Case()).to(run)
     usual = block_sparse_attention(x.q * 3, x.k, x.v, x.lists, backend=run.backend)
