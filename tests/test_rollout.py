@@ -255,6 +255,42 @@ def test_poses_are_integrated_from_the_actions(session: Callable[..., Session]) 
     assert (dreamt(elsewhere, 8) - dreamt(free, 8)).abs().max() > 1e-2
 
 
+def test_what_was_dreamt_is_written_to_the_bank(session: Callable[..., Session]) -> None:
+    one, other = session(), session()
+    for each in (one, other):
+        each.observe(*known())
+    one.step(future(8))
+    assert one.conditions is not None
+    other._write(dreamt(one, 2), one.conditions[5:])
+    assert one.bank is not None
+    assert other.bank is not None
+    for a, b in zip(one.bank.layers, other.bank.layers, strict=True):
+        assert torch.equal(a.keys[:, :, :7], b.keys[:, :, :7])
+        assert torch.equal(a.values[:, :, :7], b.values[:, :, :7])
+
+
+def test_the_last_lens_goes_on(session: Callable[..., Session]) -> None:
+    one, data = session(), known()
+    zoom = np.linspace(1.0, 1.5, 17)[:, None, None] * [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    one.observe(*data._replace(intrinsics=data.intrinsics * np.where(zoom, zoom, 1.0)))
+    one.step(future(8))
+    assert one.conditions is not None
+    lens = one.conditions.lens[0]
+    assert torch.equal(lens[5:], lens[4].expand(2, 4))
+    assert lens[4, 0] > lens[0, 0]
+
+
+def test_far_from_the_origin_is_as_good_as_near(session: Callable[..., Session]) -> None:
+    near, far, data = session(), session(), known()
+    near.observe(*data)
+    moved = data.world_to_camera.copy()
+    moved[:, :3, 3] -= moved[:, :3, :3] @ np.array([1e6, 0.0, -1e6])
+    far.observe(*data._replace(world_to_camera=moved))
+    for one in (near, far):
+        one.step(future(4))
+    torch.testing.assert_close(dreamt(far, 1), dreamt(near, 1), atol=1e-4, rtol=1e-4)
+
+
 def test_guidance(session: Callable[..., Session]) -> None:
     made = {}
     for guidance in (None, 1.0, 0.0, 3.0):
