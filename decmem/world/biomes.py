@@ -36,19 +36,19 @@ class Biome:
 
 BIOMES: tuple[Biome, ...] = (
     Biome("meadow", 72, 130, 0, 0, "meadow grass", "dirt", "stone", "sand", "path",
-          (("grass tuft", 14), ("poppy", 9), ("buttercup", 9), ("daisy", 6))),
+          (("grass tuft", 8), ("poppy", 6), ("buttercup", 6), ("daisy", 4))),
     Biome("forest", 96, 190, 0, 0, "forest grass", "dirt", "stone", "gravel", "moss",
-          (("fern", 20), ("grass tuft", 8), ("cornflower", 3))),
+          (("fern", 9), ("grass tuft", 5), ("cornflower", 3))),
     Biome("desert", 80, 170, 0, 0, "sand", "sandstone", "sandstone", "sand", "sandstone",
           (("dead bush", 4),)),
-    Biome("snow", 112, 250, 0, 0, "snowy dirt", "dirt", "stone", "gravel", "snow",
+    Biome("snow", 112, 250, 0, 0, "snow", "snow", "stone", "gravel", "snowy dirt",
           (("dead bush", 2),)),
     Biome("badlands", 150, 300, 60, 16, "red sand", "red sand", "rust clay", "red sand",
           "ochre clay", (("dead bush", 5),)),
     Biome("highlands", 165, 400, 110, 0, "dry grass", "dirt", "stone", "gravel", "stone",
-          (("grass tuft", 10), ("cornflower", 4))),
+          (("grass tuft", 6), ("cornflower", 4))),
     Biome("blossom", 84, 160, 0, 0, "blossom grass", "dirt", "stone", "sand", "path",
-          (("daisy", 12), ("cornflower", 8), ("grass tuft", 8))),
+          (("daisy", 7), ("cornflower", 5), ("grass tuft", 5))),
 )  # fmt: skip
 
 _CELL_BITS = 6

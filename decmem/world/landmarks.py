@@ -62,20 +62,20 @@ def _kinds() -> dict[str, list[Sketch]]:
 # Per biome: odds of each kind in 100 (the rest stays open), odds of a second tree in the cell's
 # corner, and what that tree is.
 _ODDS: dict[str, tuple[dict[str, int], int, str]] = {
-    "meadow": ({"oak": 20, "birch": 7, "pillar": 20, "cubes": 5, "wall": 6, "arch": 5, "ruin": 4,
-                "boulder": 4, "hut": 5, "well": 3, "lamp": 3, "hay": 5}, 8, "oak"),
-    "forest": ({"oak": 28, "birch": 14, "amber": 13, "toadstool": 6, "pillar": 13, "cubes": 3,
-                "ruin": 4, "boulder": 4, "lamp": 3, "arch": 3, "hut": 2}, 55, "oak"),
-    "desert": ({"cactus": 22, "palm": 10, "pillar": 20, "cubes": 5, "wall": 6, "arch": 6, "ruin": 6,
-                "pyramid": 5, "dead tree": 3, "boulder": 3}, 10, "cactus"),
-    "snow": ({"pine": 38, "pillar": 19, "cubes": 5, "igloo": 5, "boulder": 5, "lamp": 4, "hut": 4,
-              "cairn": 4, "arch": 3, "ruin": 3}, 28, "pine"),
-    "badlands": ({"spire": 14, "dead tree": 10, "cactus": 10, "pillar": 18, "cubes": 4, "arch": 8,
-                  "boulder": 6, "ruin": 5, "wall": 4, "cairn": 4}, 8, "dead tree"),
-    "highlands": ({"boulder": 14, "pine": 18, "cairn": 7, "pillar": 18, "cubes": 4, "arch": 6,
-                   "ruin": 8, "wall": 4, "hut": 3, "amber": 5, "lamp": 2}, 14, "pine"),
-    "blossom": ({"pink": 32, "birch": 5, "gate": 8, "lamp": 6, "pillar": 17, "cubes": 4, "well": 4,
-                 "hut": 4, "wall": 4, "arch": 4, "boulder": 3}, 24, "pink"),
+    "meadow": ({"oak": 15, "birch": 6, "pillar": 14, "cubes": 4, "wall": 4, "arch": 4, "ruin": 3,
+                "boulder": 3, "hut": 4, "well": 3, "lamp": 2, "hay": 4}, 5, "oak"),
+    "forest": ({"oak": 24, "birch": 11, "amber": 10, "toadstool": 5, "pillar": 9, "cubes": 2,
+                "ruin": 3, "boulder": 3, "lamp": 2, "arch": 2, "hut": 2}, 36, "oak"),
+    "desert": ({"cactus": 16, "palm": 8, "pillar": 14, "cubes": 4, "wall": 4, "arch": 4, "ruin": 4,
+                "pyramid": 4, "dead tree": 2, "boulder": 2}, 5, "cactus"),
+    "snow": ({"pine": 26, "pillar": 14, "cubes": 4, "igloo": 4, "boulder": 4, "lamp": 3, "hut": 3,
+              "cairn": 3, "arch": 2, "ruin": 2}, 18, "pine"),
+    "badlands": ({"spire": 11, "dead tree": 7, "cactus": 7, "pillar": 14, "cubes": 3, "arch": 6,
+                  "boulder": 4, "ruin": 4, "wall": 3, "cairn": 3}, 5, "dead tree"),
+    "highlands": ({"boulder": 10, "pine": 13, "cairn": 5, "pillar": 14, "cubes": 3, "arch": 4,
+                   "ruin": 6, "wall": 3, "hut": 3, "amber": 4, "lamp": 2}, 9, "pine"),
+    "blossom": ({"pink": 24, "birch": 4, "gate": 6, "lamp": 4, "pillar": 13, "cubes": 3, "well": 3,
+                 "hut": 3, "wall": 3, "arch": 3, "boulder": 2}, 15, "pink"),
 }  # fmt: skip
 
 _WALLS = ("stone bricks", "bricks", "mossy cobble", "cobble", "planks")

@@ -61,7 +61,7 @@ def ground(salt: int, colour: Colour, spot: Colour, permille: int = 45) -> np.nd
 
 def turf_side(salt: int, turf: np.ndarray, soil: np.ndarray) -> np.ndarray:
     """Soil with a ragged fringe of turf hanging over its upper edge."""
-    fringe = 4 + (smooth(salt, 1, 8)[0] + 600) // 500
+    fringe = 6 + (smooth(salt, 1, 8)[0] + 600) // 500
     return np.where((fringe[None, :] > _ROW)[..., None], turf, soil)
 
 
@@ -126,7 +126,7 @@ def rings(colour: Colour, line: Colour) -> np.ndarray:
 def foliage(salt: int, colour: Colour, dark: Colour, light: Colour) -> np.ndarray:
     """Clumps of leaves with shadow between and light upon them."""
     noise = clumps(salt)
-    return mixed(mixed(colour, dark, -noise * 3 // 2 - 150), light, noise * 3 // 2 - 350)
+    return mixed(mixed(colour, dark, -noise - 100), light, noise - 200)
 
 
 def painted(salt: int, colour: Colour) -> np.ndarray:

@@ -12,8 +12,9 @@ from decmem.world.grid import HEIGHT, SIZE, World
 from decmem.world.pictures import CLOUD_SIDE, CLOUDS, pictures
 from decmem.world.textures import mip_levels, texture_pictures
 
-_REACH = 52.0
-_HAZE_START = 20.0
+_REACH = 50.0
+_HAZE_START = 16.0
+_HAZE_SPAN = 34.0
 _HORIZON = np.array([200.0, 221, 236])
 _ZENITH = np.array([78.0, 134, 214])
 _GLOW = np.array([52.0, 20, -34])
@@ -59,7 +60,7 @@ class Reference:
             else:
                 point = origin + t * direction - cell
                 colour = self._face(block, cell, normal, point, t, direction, spread)
-            fog = max((t * length - _HAZE_START) / 32, 0.0) ** 2
+            fog = max((t * length - _HAZE_START) / _HAZE_SPAN, 0.0) ** 2
             colour = colour + (self._haze(unit) - colour) * min(fog, 1.0)
             return colour, t, BLOCK_TYPES.index(block)
         return self._sky(unit), np.inf, 0
