@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -85,4 +86,7 @@ def block_sparse_attention(
     Raises:
         UserError: on an unknown backend, or Triton asked for where it cannot run.
     """
-    return _BACKENDS[choose_backend(backend, q)](q, k, v, lists, valid=valid, scale=scale)
+    chosen = choose_backend(backend, q)
+    if lists.shape[-1] == 0:
+        return torch.zeros_like(q)
+    return _BACKENDS[chosen](q, k, v, lists, valid=valid, scale=scale)

@@ -265,6 +265,13 @@ def test_empty_lists_read_zeros(run: Run) -> None:
 
 
 @exact_backend
+def test_lists_without_slots_read_zeros(run: Run) -> None:
+    x = make(CASES[1]).to(run)
+    none = x.lists[..., :0]
+    assert not block_sparse_attention(x.q, x.k, x.v, none, x.valid, backend=run.backend).any()
+
+
+@exact_backend
 def test_blocks_without_a_token_read_zeros(run: Run) -> None:
     x = make(Case(K=1)).to(run)
     x.lists[:] = torch.tensor([[0], [1]])
