@@ -1,9 +1,9 @@
 """The actions of a player: columns, units, limits, and how they are made whole numbers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Float32, Int64
 
 from decmem.errors import UserError
@@ -38,7 +38,7 @@ _STEPS = np.array([field.steps for field in ACTION_FIELDS], np.int64)
 
 
 def validate_actions(
-    actions: Float32[np.ndarray, "F A"] | Sequence[Sequence[float]], argument: str = "actions"
+    actions: npt.ArrayLike, argument: str = "actions"
 ) -> Float32[np.ndarray, "F A"]:
     """Actions as float32 (F, 6), checked.
 
@@ -72,11 +72,11 @@ def validate_actions(
     return array
 
 
-def quantise_actions(actions: Float32[np.ndarray, "F A"]) -> Int64[np.ndarray, "F A"]:
+def quantise_actions(actions: Float32[np.ndarray, "*F A"]) -> Int64[np.ndarray, "*F A"]:
     """Whole steps of each column, nearest with halves to even: what the motion law sees."""
     return np.rint(actions.astype(np.float64) * _STEPS).astype(np.int64)
 
 
-def action_values(steps: Int64[np.ndarray, "F A"]) -> Float32[np.ndarray, "F A"]:
+def action_values(steps: Int64[np.ndarray, "*F A"]) -> Float32[np.ndarray, "*F A"]:
     """The inverse of `quantise_actions`."""
     return (steps / _STEPS).astype(np.float32)
