@@ -56,9 +56,10 @@ def kernel(max_registers: int | None) -> Any:
         height, width = rgb.shape[1], rgb.shape[2]
         across = (width + _TILE_WIDTH - 1) // _TILE_WIDTH
         down = (height + _TILE_HEIGHT - 1) // _TILE_HEIGHT
-        tile = cuda.blockIdx.x % (across * down)
-        frame = cuda.blockIdx.x // (across * down)
-        lane = cuda.threadIdx.x
+        number: Any = cuda.blockIdx.x
+        lane: Any = cuda.threadIdx.x
+        tile = number % (across * down)
+        frame = number // (across * down)
         column = (tile % across) * _TILE_WIDTH + (lane >> 5 & 1) * 8 + (lane & 7)
         row = (tile // across) * _TILE_HEIGHT + (lane >> 6) * 4 + (lane >> 3 & 3)
         if row >= height or column >= width:

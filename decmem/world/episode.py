@@ -21,18 +21,19 @@ class Episode:
     """A recorded walk.
 
     frames: RGB; world_to_camera: OpenCV axes, metres; intrinsics: pixels; actions[t] is what
-    produced frame t, actions[0] a no-op; depth: along the camera's z, infinite for sky; block_id: 0
-    for sky; provenance: what made it. Raises `UserError` if a count or shape disagrees with
-    `frames`, a pose is not rigid or an action is out of range.
+    produced frame t, actions[0] a no-op; depth and block_id (F, H, W): along the camera's z,
+    infinite for sky, and 0 for sky; provenance: what made it. Raises `UserError` if a count or
+    shape disagrees with `frames`, a pose is not rigid or an action is out of range.
     """
 
+    # All count F frames; where a user's do not, the error below says so.
     frames: UInt8[np.ndarray, "F H W 3"]
-    world_to_camera: Float64[np.ndarray, "F 4 4"]
-    intrinsics: Float64[np.ndarray, "F 3 3"]
-    actions: Float32[np.ndarray, "F A"]
+    world_to_camera: Float64[np.ndarray, "_ 4 4"]
+    intrinsics: Float64[np.ndarray, "_ 3 3"]
+    actions: Float32[np.ndarray, "_ A"]
     fps: float = FPS
-    depth: Float32[np.ndarray, "F H W"] | None = None
-    block_id: UInt8[np.ndarray, "F H W"] | None = None
+    depth: Float32[np.ndarray, "_ _ _"] | None = None
+    block_id: UInt8[np.ndarray, "_ _ _"] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

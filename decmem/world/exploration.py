@@ -6,6 +6,7 @@ from decmem.world.actions import ACTION_FIELDS, FORWARD, JUMP, PITCH, RIGHT, SPR
 from decmem.world.angles import EIGHTHS
 from decmem.world.compiled import compiled
 from decmem.world.hashing import draw
+from decmem.world.motion import advance
 from decmem.world.steering import free_path, freer_side
 
 FULL = ACTION_FIELDS[FORWARD].steps
@@ -52,11 +53,8 @@ def _toward(value, target, change):
 
 
 @compiled
-def explore(cells, state, plan, rng, action):
-    """Write into `action` (6,), in whole steps, what an explorer in `state` (8,) does next.
-
-    plan (PLAN,) int64, zero at first, and rng (1,) uint64 are the explorer's memory.
-    """
+def _decide(cells, state, plan, rng, action):
+    """Write into `action` (6,), in whole steps, what an explorer in `state` (8,) does next."""
     if plan[LEFT] <= 0:
         _new_segment(plan, rng)
     plan[LEFT] -= 1
@@ -87,3 +85,14 @@ def explore(cells, state, plan, rng, action):
     action[JUMP] = plan[HOP]
     action[SPRINT] = run
     plan[HOP] = 0
+
+
+@compiled
+def explore(cells, plan, rng, states, actions, begin, end):
+    """Fill rows begin..end-1 of states (F, 8) and actions (F, 6) with exploration.
+
+    plan (PLAN,) int64, zero at first, and rng (1,) uint64 are the explorer's memory.
+    """
+    for now in range(begin, end):
+        _decide(cells, states[now - 1], plan, rng, actions[now])
+        advance(cells, states[now - 1], actions[now], states[now])

@@ -17,14 +17,25 @@ from decmem.errors import UserError
 from decmem.world.actions import A
 from decmem.world.angles import EIGHTHS
 from decmem.world.camera import DEFAULT_FOV, centres, intrinsics
-from decmem.world.compiled import compiled
 from decmem.world.exploration import PLAN, explore
 from decmem.world.grid import World
 from decmem.world.hashing import draw, stream
-from decmem.world.motion import STATE, UNIT, Track, advance, state_cameras
+from decmem.world.motion import STATE, UNIT, Track, state_cameras
 from decmem.world.probe import PROBE_SIZE, probe_depth
 from decmem.world.spawn import choose_spawn
-from decmem.world.tracking import PHASE, pose_on_path, track
+from decmem.world.tracking import (
+    ANYWHERE,
+    ARRIVED,
+    BOUNCE,
+    MIND,
+    PACE,
+    PHASE,
+    PLACE,
+    TO_LATERAL,
+    TO_TILT,
+    TO_TURN,
+    follow,
+)
 from decmem.world.visibility import seen_by
 
 BANK = 221
@@ -46,61 +57,21 @@ _OPTIONS = 11
 _BOLD = 6
 _ATTEMPTS = 100
 _SALT = 900
-_EASE_LATERAL = 70
-_EASE_TURN = 3 * EIGHTHS // 2
-
-# What the returning player keeps in mind between frames.
-_PHASE, _PACE, _LATERAL, _TURN, _TILT, _TO_LATERAL, _TO_TURN, _TO_TILT, _BEEN_BACK = range(9)
 
 
-@compiled
-def _explore(cells, rng, states, actions):
-    plan = np.zeros(PLAN, np.int64)
-    for now in range(EXPLORED - 1):
-        explore(cells, states[now], plan, rng, actions[now + 1])
-        advance(cells, states[now], actions[now + 1], states[now + 1])
-
-
-@compiled
-def _eased(value, target, change):
-    return value + min(max(target - value, -change), change)
-
-
-@compiled
-def _choose(mind, option, rng):
+def _choose(mind: np.ndarray, option: int, rng: np.ndarray) -> None:
     """Draw an option for the next chunk: bold ones first, then timid ones, at last turning back."""
     bold = 4 if option < _BOLD else 2 if option < _BOLD + 3 else 0
     side = 1 - 2 * draw(rng, 2)
-    mind[_TO_LATERAL] = side * (UNIT // 2 + draw(rng, UNIT * 7 // 10)) * bold // 4
+    mind[TO_LATERAL] = side * (UNIT // 2 + draw(rng, UNIT * 7 // 10)) * bold // 4
     side = 1 - 2 * draw(rng, 2)
-    mind[_TO_TURN] = side * (5 * EIGHTHS + draw(rng, 10 * EIGHTHS)) * bold // 4
-    mind[_TO_TILT] = (draw(rng, 12 * EIGHTHS) - 6 * EIGHTHS) * bold // 4
-    direction = 1 if mind[_PACE] > 0 else -1
+    mind[TO_TURN] = side * (5 * EIGHTHS + draw(rng, 10 * EIGHTHS)) * bold // 4
+    mind[TO_TILT] = (draw(rng, 12 * EIGHTHS) - 6 * EIGHTHS) * bold // 4
+    direction = 1 if mind[PACE] > 0 else -1
     # The first way back leads all the way, far from what was seen last; then it may turn anywhere.
-    if mind[_BEEN_BACK] and (draw(rng, 100) < 8 or option == _OPTIONS - 1):
+    if mind[ARRIVED] and (draw(rng, 100) < 8 or option == _OPTIONS - 1):
         direction = -direction
-    mind[_PACE] = direction * (PHASE * 7 // 10 + draw(rng, PHASE * 6 // 10))
-
-
-@compiled
-def _follow(cells, mind, states, actions, begin, end):
-    """Fill rows begin..end-1: back and forth along the explored path, aside of it."""
-    target = np.zeros(4, np.int64)
-    last = EXPLORED - 1
-    for now in range(begin, end):
-        mind[_PHASE] += mind[_PACE]
-        if mind[_PHASE] < 0 or mind[_PHASE] > last * PHASE:
-            mind[_PACE] = -mind[_PACE]
-            mind[_BEEN_BACK] = 1
-            mind[_PHASE] += 2 * mind[_PACE]
-        mind[_LATERAL] = _eased(mind[_LATERAL], mind[_TO_LATERAL], _EASE_LATERAL)
-        mind[_TURN] = _eased(mind[_TURN], mind[_TO_TURN], _EASE_TURN)
-        mind[_TILT] = _eased(mind[_TILT], mind[_TO_TILT], _EASE_TURN)
-        pose_on_path(
-            states, 0, last, mind[_PHASE], mind[_LATERAL], mind[_TURN], mind[_TILT], target
-        )
-        track(states[now - 1], target, actions[now])
-        advance(cells, states[now - 1], actions[now], states[now])
+    mind[PACE] = direction * (PHASE * 7 // 10 + draw(rng, PHASE * 6 // 10))
 
 
 def distinct_from(
@@ -155,23 +126,24 @@ def _attempt(
     actions = np.zeros((frames, A), np.int64)
     states[0] = choose_spawn(world, seed)
     rng = np.array([stream(seed, _SALT)], np.uint64)
-    _explore(world.cells, rng, states, actions)
+    explore(world.cells, np.zeros(PLAN, np.int64), rng, states, actions, 1, EXPLORED)
+    path = states[:EXPLORED].copy()
     judge = _Judge(world, state_cameras(states[:EXPLORED]))
     if not judge.leads_away():
         return None
-    mind = np.zeros(9, np.int64)
-    mind[_PHASE], mind[_PACE] = (EXPLORED - 1) * PHASE, -PHASE
+    mind = np.zeros(MIND, np.int64)
+    mind[PLACE], mind[PACE] = (EXPLORED - 1) * PHASE, -PHASE
     for begin in range(EXPLORED, frames, _CHUNK):
         end = min(begin + _CHUNK, frames)
         for option in range(_OPTIONS):
             trial = mind.copy()
             _choose(trial, option, rng)
-            _follow(world.cells, trial, states, actions, begin, end)
+            follow(world.cells, path, trial, BOUNCE, ANYWHERE, states, actions, begin, end)
             poses = state_cameras(states[begin:end])
             bank = state_cameras(states[: min(BANK, begin)])
             if option < _BOLD and distinct_from(poses, bank).mean() < _PLANNED_DISTINCT:
                 continue
-            if judge.passes(poses, int(trial[_PHASE]) // PHASE):
+            if judge.passes(poses, int(trial[PLACE]) // PHASE):
                 mind = trial
                 break
         else:

@@ -15,6 +15,7 @@ _PLANT = int(Shape.PLANT)
 _REACH = 10
 """Half the side of the neighbourhood that must be walkable."""
 _ENOUGH = (2 * _REACH + 1) ** 2 * 6 // 10
+_UNREACHABLE = -99
 _SALT = 600
 
 
@@ -46,33 +47,40 @@ def _ground(cells, x, z):
 def _walkable_around(cells, x, z):
     """Columns of a square neighbourhood that can be reached by steps of one block."""
     side = 2 * _REACH + 1
-    height = np.empty((side, side), np.int64)
-    for i in range(side):
-        for j in range(side):
-            top, block = _ground(cells, x + i - _REACH, z + j - _REACH)
-            height[i, j] = top if _NATURAL[block] else -99
-    seen = np.zeros((side, side), np.bool_)
-    queue = np.empty((side * side, 2), np.int64)
-    queue[0] = _REACH
-    seen[_REACH, _REACH] = True
+    # A rim that cannot be stepped on saves asking for the edges.
+    width = side + 2
+    height = np.empty(width * width, np.int64)
+    for place in range(width * width):
+        i, j = place // width, place % width
+        height[place] = _UNREACHABLE
+        if 0 < i <= side and 0 < j <= side:
+            top, block = _ground(cells, x + i - 1 - _REACH, z + j - 1 - _REACH)
+            if _NATURAL[block]:
+                height[place] = top
+    queue = np.empty(side * side, np.int64)
+    queue[0] = (_REACH + 1) * width + _REACH + 1
+    here = height[queue[0]]
+    height[queue[0]] = _UNREACHABLE
+    levels = np.empty(side * side, np.int64)
+    levels[0] = here
     head, tail = 0, 1
     while head < tail:
-        i, j = queue[head]
-        head += 1
-        for di, dj in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-            a, b = i + di, j + dj
-            if a < 0 or b < 0 or a >= side or b >= side or seen[a, b]:
-                continue
-            if abs(height[a, b] - height[i, j]) <= 1:
-                seen[a, b] = True
-                queue[tail] = a, b
+        for step in range(4):
+            ahead = 1 if step % 2 else width
+            place = queue[head] + (ahead if step < 2 else -ahead)
+            if abs(height[place] - levels[head]) <= 1:
+                queue[tail] = place
+                levels[tail] = height[place]
+                height[place] = _UNREACHABLE
                 tail += 1
+        head += 1
     return tail
 
 
 @compiled
 def _spawn(cells, seed, state):
-    rng = np.array([stream(seed, _SALT)], np.uint64)
+    rng = np.empty(1, np.uint64)
+    rng[0] = stream(seed, _SALT)
     best = -1
     for _ in range(200):
         x = draw(rng, SIZE)

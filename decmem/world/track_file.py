@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def save_track(path: str | Path, episode: Episode, with_depth: bool = False) -> 
             np.savez_compressed(stream, allow_pickle=False, **arrays)
         os.replace(partial, target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         problem = f"cannot write {target} ({error.strerror or error})"
         raise UserError("track", problem, "choose a folder with room and write access") from error
 
@@ -71,7 +73,7 @@ def load_track(path: str | Path, argument: str = "track") -> TrackFile:
     counts disagree, a pose is not rigid or an action is out of range.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise UserError(argument, f"no file {path}", "give the path of a track (.npz)") from error

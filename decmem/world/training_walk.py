@@ -12,109 +12,84 @@ from jaxtyping import Int64
 
 from decmem.world.actions import A
 from decmem.world.angles import EIGHTHS
-from decmem.world.compiled import compiled
 from decmem.world.exploration import PLAN, explore
 from decmem.world.grid import World
 from decmem.world.hashing import draw, stream
-from decmem.world.motion import STATE, UNIT, Track, advance
+from decmem.world.motion import STATE, UNIT, Track
 from decmem.world.spawn import choose_spawn
-from decmem.world.tracking import PHASE, pose_on_path, track
+from decmem.world.tracking import (
+    MIND,
+    PACE,
+    PHASE,
+    PLACE,
+    STOP,
+    TO_LATERAL,
+    TO_TILT,
+    TO_TURN,
+    follow,
+)
 
 _SALT = 700
 _LOST = 3 * UNIT // 2
 """A player this far from the path tracked gives it up."""
 _LATERAL = 6 * UNIT // 5
-_ASIDE = 20 * EIGHTHS
+_TURNED = 20 * EIGHTHS
 _JOIN = 3 * UNIT // 2
-_EASE_LATERAL = 70
-_EASE_TURN = 3 * EIGHTHS // 2
+"""An older stretch is taken up from this close, along each axis."""
+_UNDO, _REDO = 40, 22
+"""How often, in 100, a stretch of the walk is one of these; else it is exploration."""
 
 
-@compiled
-def _eased(value, target, change):
-    return value + min(max(target - value, -change), change)
+def _older_visit(states: np.ndarray, now: int, rng: np.ndarray) -> int | None:
+    """A random earlier row, at least 24 frames old, whose place is close to the present."""
+    near = (abs(states[: now - 24, :3] - states[now, :3]) < _JOIN).all(1)
+    rows = np.flatnonzero(near)
+    return int(rows[draw(rng, len(rows))]) if len(rows) else None
 
 
-@compiled
-def _older_visit(states, now, rng):
-    """A random earlier row, at least 24 frames old, whose place is close to the present; or -1."""
-    found = -1
-    count = 0
-    for row in range(now - 24):
-        near = (
-            abs(states[row, 0] - states[now, 0]) < _JOIN
-            and abs(states[row, 2] - states[now, 2]) < _JOIN
-            and abs(states[row, 1] - states[now, 1]) < _JOIN
-        )
-        if near:
-            count += 1
-            if draw(rng, count) == 0:
-                found = row
-    return found
+def _return(
+    states: np.ndarray, now: int, redo: bool, rng: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Choose an older stretch to walk again: its path, the follower's memory, and for how long.
+
+    Undoing goes back from the present; redoing takes up an older stretch that passes here.
+    """
+    begin, direction = now, -1
+    stretch = 12 + draw(rng, 99)
+    visit = _older_visit(states, now, rng) if redo else None
+    if visit is not None:
+        begin, direction = visit, 1 - 2 * draw(rng, 2)
+    first = max(begin - stretch, 0) if direction < 0 else begin
+    last = begin if direction < 0 else min(begin + stretch, now)
+    mind = np.zeros(MIND, np.int64)
+    mind[PLACE] = (begin - first) * PHASE
+    mind[PACE] = direction * PHASE
+    if draw(rng, 4) > 0:
+        mind[PACE] = direction * (PHASE * 7 // 10 + draw(rng, PHASE * 7 // 10))
+        mind[TO_LATERAL] = draw(rng, 2 * _LATERAL + 1) - _LATERAL
+        mind[TO_TURN] = draw(rng, 2 * _TURNED + 1) - _TURNED
+        mind[TO_TILT] = (draw(rng, 2 * _TURNED + 1) - _TURNED) // 2
+    frames = max(stretch * PHASE // abs(int(mind[PACE])), 1)
+    return states[first : last + 1].copy(), mind, frames
 
 
-@compiled
-def _walk(cells, start, seed, states, actions):
-    """Fill states (F, 8) and actions (F, 6), in whole steps, of one training walk."""
-    frames = len(states)
+def _walk(cells: np.ndarray, seed: int, states: np.ndarray, actions: np.ndarray) -> None:
+    """Fill states (F, 8) after the first and actions (F, 6), in whole steps, of one walk."""
     rng = np.array([stream(seed, _SALT)], np.uint64)
-    plan = np.zeros(PLAN, np.int64)
-    target = np.zeros(4, np.int64)
-    lateral = turn = tilt = 0
-    left = 20 + draw(rng, 30)
-    tracking = False
-    first = last = phase = pace = 0
-    to_lateral = to_turn = to_tilt = 0
-    states[0] = start
-    actions[0] = 0
-    for now in range(frames - 1):
-        if left <= 0:
-            choice = draw(rng, 100)
-            tracking = choice < 62 and now > 24
-            left = 16 + draw(rng, 34)
-            if tracking:
-                first, last = 0, now
-                stretch = 12 + draw(rng, 99)
-                direction = -1
-                begin = now
-                if choice >= 40:
-                    visit = _older_visit(states, now, rng)
-                    if visit >= 0:
-                        begin = visit
-                        direction = 1 - 2 * draw(rng, 2)
-                if direction < 0:
-                    first = max(begin - stretch, 0)
-                else:
-                    last = min(begin + stretch, now)
-                exact = draw(rng, 4) == 0
-                pace = direction * (
-                    PHASE if exact else PHASE * 7 // 10 + draw(rng, PHASE * 7 // 10)
-                )
-                phase = begin * PHASE
-                left = max((stretch * PHASE) // abs(pace), 1)
-                to_lateral = 0 if exact else draw(rng, 2 * _LATERAL + 1) - _LATERAL
-                to_turn = 0 if exact else draw(rng, 2 * _ASIDE + 1) - _ASIDE
-                to_tilt = 0 if exact else (draw(rng, 2 * _ASIDE + 1) - _ASIDE) // 2
-                lateral = 0
-                turn = 0
-                tilt = 0
-            else:
-                plan[:] = 0
-        left -= 1
-        state, action = states[now], actions[now + 1]
-        if tracking:
-            phase += pace
-            if phase < first * PHASE or phase > last * PHASE:
-                left = 0
-            lateral = _eased(lateral, to_lateral, _EASE_LATERAL)
-            turn = _eased(turn, to_turn, _EASE_TURN)
-            tilt = _eased(tilt, to_tilt, _EASE_TURN)
-            pose_on_path(states, first, last, phase, lateral, turn, tilt, target)
-            if track(state, target, action) > _LOST:
-                left = 0
+    row = 1
+    end = min(21 + draw(rng, 30), len(states))
+    explore(cells, np.zeros(PLAN, np.int64), rng, states, actions, row, end)
+    row = end
+    while row < len(states):
+        choice = draw(rng, 100)
+        if choice < _UNDO + _REDO and row > 24:
+            path, mind, frames = _return(states, row - 1, choice >= _UNDO, rng)
+            end = min(row + frames, len(states))
+            row = follow(cells, path, mind, STOP, _LOST, states, actions, row, end)
         else:
-            explore(cells, state, plan, rng, action)
-        advance(cells, state, action, states[now + 1])
+            end = min(row + 16 + draw(rng, 34), len(states))
+            explore(cells, np.zeros(PLAN, np.int64), rng, states, actions, row, end)
+            row = end
 
 
 def train_walks(
@@ -126,11 +101,11 @@ def train_walks(
     worlds: one for all, or one per seed. A walk depends on its world and seed alone.
     """
     several = [worlds] * len(seeds) if isinstance(worlds, World) else worlds
-    states = np.empty((len(seeds), frames, STATE), np.int64)
-    actions = np.empty((len(seeds), frames, A), np.int64)
+    states = np.zeros((len(seeds), frames, STATE), np.int64)
+    actions = np.zeros((len(seeds), frames, A), np.int64)
     for number, (world, seed) in enumerate(zip(several, seeds, strict=True)):
-        start = np.array(choose_spawn(world, seed), np.int64)
-        _walk(world.cells, start, seed, states[number], actions[number])
+        states[number, 0] = choose_spawn(world, seed)
+        _walk(world.cells, seed, states[number], actions[number])
     return states, actions
 
 

@@ -9,14 +9,13 @@ from jaxtyping import Float32, Int64
 from decmem.errors import UserError
 from decmem.world.actions import ACTION_SCHEMA, PITCH, YAW, A, action_values
 from decmem.world.angles import CIRCLE, COSINE, EIGHTHS, SINE, SINE_BITS
-from decmem.world.compiled import compiled
 from decmem.world.exploration import PLAN, explore
 from decmem.world.grid import World
 from decmem.world.hashing import draw, stream
 from decmem.world.motion import STATE, UNIT, WALK, PlayerState, Track, advance
 from decmem.world.retrace import BANK, retrace_walk
 from decmem.world.spawn import choose_spawn
-from decmem.world.tracking import PHASE, pose_on_path, track
+from decmem.world.tracking import ANYWHERE, HOLD, MIND, PACE, PHASE, ROUND, follow
 from decmem.world.training_walk import train_walk
 from decmem.world.version import WORLD_VERSION
 
@@ -36,45 +35,22 @@ class Walk:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-@compiled
-def _explore(cells, seed, states, actions):
-    """Explore from states[0] to the last row."""
-    plan = np.zeros(PLAN, np.int64)
-    rng = np.array([stream(seed, _SALT)], np.uint64)
-    for now in range(len(states) - 1):
-        explore(cells, states[now], plan, rng, actions[now + 1])
-        advance(cells, states[now], actions[now + 1], states[now + 1])
-
-
-@compiled
-def _follow(cells, path, begin, direction, turn, states, actions):
-    """Keep to `path` (P, 8) from row `begin`, one row a frame, round and round."""
-    target = np.zeros(4, np.int64)
-    row = begin
-    for now in range(len(states) - 1):
-        row = (row + direction) % len(path)
-        pose_on_path(path, 0, len(path) - 1, row * PHASE, 0, turn, 0, target)
-        track(states[now], target, actions[now + 1])
-        advance(cells, states[now], actions[now + 1], states[now + 1])
-
-
-@compiled
-def _pan(cells, seed, states, actions):
+def _pan(world: World, seed: int, states: np.ndarray, actions: np.ndarray) -> None:
     """Stand and look left and right."""
     rng = np.array([stream(seed, _SALT)], np.uint64)
     reach = (50 + draw(rng, 70)) * EIGHTHS
     rate = (3 + draw(rng, 4)) * EIGHTHS
     sign = 1 - 2 * draw(rng, 2)
-    middle = states[0, 3]
     speed = 0
-    for now in range(len(states) - 1):
-        away = (states[now, 3] - middle) * sign
-        if away + speed * abs(speed) // (2 * EIGHTHS) * sign >= reach:
+    for now in range(1, len(states)):
+        away = (states[now - 1, 3] - states[0, 3]) * sign
+        braking = speed * abs(speed) // (2 * EIGHTHS) * sign
+        if away + braking >= reach:
             sign = -sign
         speed += min(max(sign * rate - speed, -EIGHTHS), EIGHTHS)
-        actions[now + 1, YAW] = speed
-        actions[now + 1, PITCH] = (now % 40 < 20) * 2 - 1
-        advance(cells, states[now], actions[now + 1], states[now + 1])
+        actions[now, YAW] = speed
+        actions[now, PITCH] = 1 if now % 40 < 20 else -1
+        advance(world.cells, states[now - 1], actions[now], states[now])
 
 
 def _circle(start: PlayerState, period: int, side: int) -> Int64[np.ndarray, "P 8"]:
@@ -89,6 +65,15 @@ def _circle(start: PlayerState, period: int, side: int) -> Int64[np.ndarray, "P 
     return path
 
 
+def _keep_to(
+    world: World, path: np.ndarray, ends: int, states: np.ndarray, actions: np.ndarray
+) -> None:
+    """Go along `path` (P, 8) from its beginning, a row a frame, after states[0]."""
+    mind = np.zeros(MIND, np.int64)
+    mind[PACE] = PHASE
+    follow(world.cells, path, mind, ends, ANYWHERE, states, actions, 1, len(states))
+
+
 def _round(world: World, start: PlayerState) -> Int64[np.ndarray, "P 8"]:
     """The widest circle from `start`, of up to 120 frames, that can be walked; else the one that
     comes closest.
@@ -101,7 +86,7 @@ def _round(world: World, start: PlayerState) -> Int64[np.ndarray, "P 8"]:
                 path = _circle(aside, period, side)
                 states = np.zeros((period + 1, STATE), np.int64)
                 states[0] = path[0]
-                _follow(world.cells, path, 0, 1, 0, states, np.zeros((period + 1, A), np.int64))
+                _keep_to(world, path, ROUND, states, np.zeros((period + 1, A), np.int64))
                 missed = abs(states[:period, [0, 2]] - path[:, [0, 2]]).max()
                 climbed = np.ptp(states[:, 1])
                 if missed < UNIT // 8 and climbed <= 3 * UNIT:
@@ -118,25 +103,26 @@ def _whole_walk(
     states = np.zeros((frames, STATE), np.int64)
     actions = np.zeros((frames, A), np.int64)
     states[0] = start
-    cells = world.cells
+    plan = np.zeros(PLAN, np.int64)
+    rng = np.array([stream(seed, _SALT)], np.uint64)
     if kind == "free":
-        _explore(cells, seed, states, actions)
+        explore(world.cells, plan, rng, states, actions, 1, frames)
     elif kind == "pan":
-        _pan(cells, seed, states, actions)
+        _pan(world, seed, states, actions)
     elif kind == "loop":
         path = _round(world, start)
         states[0] = path[0]
-        _follow(cells, path, 0, 1, 0, states, actions)
+        _keep_to(world, path, ROUND, states, actions)
     else:
         out = max((frames - _TURN_BACK + 1) // 2, 1)
-        _explore(cells, seed, states[:out], actions[:out])
+        explore(world.cells, plan, rng, states, actions, 1, out)
         about = min(out + _TURN_BACK, frames)
-        for now in range(out - 1, about - 1):
-            actions[now + 1, YAW] = CIRCLE // 2 // _TURN_BACK
-            advance(cells, states[now], actions[now + 1], states[now + 1])
-        _follow(
-            cells, states[:out], out - 1, -1, CIRCLE // 2, states[about - 1 :], actions[about - 1 :]
-        )
+        for now in range(out, about):
+            actions[now, YAW] = CIRCLE // 2 // _TURN_BACK
+            advance(world.cells, states[now - 1], actions[now], states[now])
+        back = states[:out][::-1].copy()
+        back[:, 3] += CIRCLE // 2
+        _keep_to(world, back, HOLD, states[about - 1 :], actions[about - 1 :])
     return Track(states), actions
 
 
