@@ -16,19 +16,18 @@ from decmem import flow
 from decmem.codec import Codec, DecoderStream, EncoderStream
 from decmem.errors import UserError
 from decmem.experiment import load_codec, load_model, pick_device, shipped_weights, weights_sha256
-from decmem.memory import Bank, Recall, bank_plan
+from decmem.memory import Bank, Recall
 from decmem.model import Conditions, WorldModel
 from decmem.model.conditioning import (
     FRAMES_PER_LATENT,
     camera_centres,
-    group_frames,
+    conditions_of_frames,
     normalised_lens,
 )
 from decmem.presets import preset
+from decmem.sampler import Sampler
 from decmem.world.actions import validate_actions
 from decmem.world.kinematics import check_rigid, integrate
-
-_NOISE_STREAM = 0x9E3779B97F4A7C15  # keeps the noise of neighbouring seeds apart
 
 
 class Session:
@@ -198,11 +197,12 @@ class Session:
         self._decoder.previous = latents[:, -1:].clone()
         self._clock("encode", started)
         started = time.perf_counter()
-        conditions = self._conditions(acted, posed, lenses, first)
+        lens = normalised_lens(torch.from_numpy(lenses), self.config.size)
+        conditions = self._conditions(acted, posed, lens)
         if self.bank is None:
             anchor = camera_centres(conditions.cameras[:, -1]).cpu()
             self.bank = self.model.new_bank(anchor, self.dtype)
-        self._write(latents, conditions)
+        self.sampler.write(self.bank, latents, conditions)
         self._remember(latents, conditions, F)
         self._clock("prefill", started)
 
@@ -232,19 +232,16 @@ class Session:
             posed = _valid_poses(self._batched(world_to_camera, 3, "world_to_camera"))
         if posed.shape[1] != F:
             raise UserError("world_to_camera", f"{posed.shape[1]} for {F} actions", "Give one each")
-        lens = self.conditions.lens[:, -1:]
-        conditions = Conditions(
-            torch.from_numpy(acted).float().unflatten(1, (-1, 4)).to(self.device),
-            torch.from_numpy(posed).double().unflatten(1, (-1, 4)).to(self.device),
-            lens.expand(-1, F // FRAMES_PER_LATENT, -1),
-            torch.arange(self.length, self.length + F // FRAMES_PER_LATENT, device=self.device),
-        )
+        lens = self.conditions.lens[:, -1:].cpu().expand(-1, F, -1)
+        conditions = self._conditions(acted, posed, lens)
         made = []
         for chunk in self._chunks(F // FRAMES_PER_LATENT):
             started = time.perf_counter()
-            latents = self._generate(conditions[chunk])
-            self._write(latents, conditions[chunk])
-            self._remember(latents, conditions[chunk], FRAMES_PER_LATENT * latents.shape[1])
+            steering = conditions[chunk]
+            noise = self.sampler.noise(self.seeds, steering.time.tolist())
+            latents = self.sampler.generate(self.bank, steering, noise)
+            self.sampler.write(self.bank, latents, steering)
+            self._remember(latents, steering, FRAMES_PER_LATENT * latents.shape[1])
             self._clock("rollout", started)
             started = time.perf_counter()
             made.append(self.codec.decode(latents, self._decoder).cpu())
@@ -267,53 +264,11 @@ class Session:
         reach = self.config.reading.reach
         self.bank.swap_history(torch.tensor(order), min(reach.window or 0, self.length))
 
-    def _generate(self, conditions: Conditions) -> Float[Tensor, "B T C h w"]:
-        """Denoises one chunk behind the history."""
-        assert self.bank is not None
-        self._keep_near(conditions)
-        T = len(conditions.time)
-        plan = bank_plan(self.config.reading.reach, self.length, T, T)
-        steered = self.model.context(conditions, self.bank)
-        free = None
-        if self.guidance is not None:
-            nobody = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
-            free = self.model.context(conditions, self.bank, nobody)
-
-        def velocity(z: Tensor, t: float) -> Tensor:
-            at = torch.full((self.batch, T), t, device=self.device)
-            z = z.to(self.dtype)
-            v = self.model(z, at, steered, plan, self.bank, self._recall)
-            if free is None or self.guidance is None:
-                return v
-            return flow.guide(
-                v, self.model(z, at, free, plan, self.bank, self._recall), self.guidance
-            )
-
-        return flow.solve(velocity, self._noise(conditions.time.tolist()), self.times)
-
-    def _write(self, latents: Float[Tensor, "B T C h w"], conditions: Conditions) -> None:
-        """The write pass: clean latents through the model, their keys and values into the bank."""
-        assert self.bank is not None
-        T = latents.shape[1]
-        reach = self.config.reading.reach
-        plan = bank_plan(reach, self.length, T, reach.write_chunk or self.config.chunk)
-        still = torch.zeros(self.batch, T, device=self.device)
-        context = self.model.context(conditions, self.bank)
-        self.model(latents.to(self.dtype), still, context, plan, self.bank, self._recall)
-        self.bank.commit(conditions.cameras, conditions.lens, conditions.time)
-
-    def _keep_near(self, conditions: Conditions) -> None:
-        """Moves the bank's anchor along once a world has walked half the trusted reach away."""
-        assert self.bank is not None
-        reach = self.config.position.reach
-        here = camera_centres(conditions.cameras[:, 0]).cpu()
-        far = (here - self.bank.anchor).norm(dim=-1) > reach / 2
-        if reach and bool(far.any()):
-            self.bank.rebase(torch.where(far[:, None], here, self.bank.anchor))
-
     @property
-    def _recall(self) -> Recall:
-        return Recall(self.global_memory, self.retrieved)
+    def sampler(self) -> Sampler:
+        """The model with the session's present settings."""
+        recall = Recall(self.global_memory, self.retrieved)
+        return Sampler(self.model, self.times, self.guidance, self.dtype, recall)
 
     def _chunks(self, latents: int) -> list[slice]:
         """Slices of the largest trained chunk sizes that fit."""
@@ -331,42 +286,17 @@ class Session:
             start += size
         return found
 
-    def _noise(self, index: list[int]) -> Float[Tensor, "B T C h w"]:
-        shape = (self.config.latent_channels, *self.config.latent_size)
-        worlds = []
-        for seed in self.seeds:
-            made = []
-            for i in index:
-                mixed = (seed * _NOISE_STREAM + i) % 2**63
-                made.append(torch.randn(shape, generator=torch.Generator().manual_seed(mixed)))
-            worlds.append(torch.stack(made))
-        return torch.stack(worlds).to(self.device)
-
-    def _conditions(
-        self, actions: np.ndarray, poses: np.ndarray, intrinsics: np.ndarray, first: bool
-    ) -> Conditions:
-        lens = normalised_lens(torch.from_numpy(intrinsics), self.config.size)
-        T = (actions.shape[1] + 3) // 4
-        return Conditions(
-            group_frames(torch.from_numpy(actions).float(), first),
-            group_frames(torch.from_numpy(poses).double(), first),
-            group_frames(lens, first)[:, :, 0],
-            torch.arange(self.length, self.length + T),
-        ).to(self.device)
+    def _conditions(self, actions: np.ndarray, poses: np.ndarray, lens: Tensor) -> Conditions:
+        acted, posed = torch.from_numpy(actions), torch.from_numpy(poses)
+        return conditions_of_frames(acted, posed, lens, self.length).to(self.device)
 
     def _remember(self, latents: Tensor, conditions: Conditions, frames: int) -> None:
         self.frames += frames
         if self.latents is None or self.conditions is None:
             self.latents, self.conditions = latents, conditions
             return
-        old = self.conditions
         self.latents = torch.cat((self.latents, latents), 1)
-        self.conditions = Conditions(
-            torch.cat((old.actions, conditions.actions), 1),
-            torch.cat((old.world_to_camera, conditions.world_to_camera), 1),
-            torch.cat((old.lens, conditions.lens), 1),
-            torch.cat((old.time, conditions.time)),
-        )
+        self.conditions = self.conditions.then(conditions)
 
     def _batched(self, x: np.ndarray, dims: int, name: str) -> np.ndarray:
         x = np.asarray(x)

@@ -17,6 +17,7 @@ from decmem.experiment import to_plain
 from decmem.memory import DecoupledMemory, MemoryConfig, PositionConfig, Reach
 from decmem.model import ModelConfig, WorldModel, initialise
 from decmem.rollout import Session
+from decmem.sampler import Sampler
 from decmem.shards import save_weights
 from decmem.world.camera import intrinsics, look
 from decmem.world.kinematics import integrate
@@ -178,9 +179,9 @@ def test_same_seed_same_frames(session: Callable[..., Session]) -> None:
 
 def test_noise_depends_on_seed_and_place_alone(session: Callable[..., Session]) -> None:
     one, two = session(seeds=[3]), session(batch=2, seeds=[4, 3])
-    noise = one._noise([4, 5, 6])
-    assert torch.equal(two._noise([5, 6])[1], noise[0, 1:])
-    assert len({float(x) for x in two._noise([4, 5, 6])[:, :, 0, 0, 0].flatten()}) == 6
+    noise = one.sampler.noise(one.seeds, [4, 5, 6])
+    assert torch.equal(two.sampler.noise(two.seeds, [5, 6])[1], noise[0, 1:])
+    assert len({float(x) for x in two.sampler.noise(two.seeds, [4, 5, 6])[:, :, 0, 0, 0].flatten()}) == 6
     assert noise.mean().abs() < 0.1
     assert abs(noise.std() - 1) < 0.1
 
@@ -261,7 +262,7 @@ def test_what_was_dreamt_is_written_to_the_bank(session: Callable[..., Session])
         each.observe(*known())
     one.step(future(8))
     assert one.conditions is not None
-    other._write(dreamt(one, 2), one.conditions[5:])
+    other.sampler.write(other.bank, dreamt(one, 2), one.conditions[5:])
     assert one.bank is not None
     assert other.bank is not None
     for a, b in zip(one.bank.layers, other.bank.layers, strict=True):
@@ -376,7 +377,7 @@ def test_long_walks_move_the_anchor_and_nothing_else(
     anchor = walker.bank.anchor.clone()
     walker.step(future(24), poses)
     assert (walker.bank.anchor - anchor).norm() > 30
-    monkeypatch.setattr(Session, "_keep_near", lambda self, conditions: None)
+    monkeypatch.setattr(Sampler, "_keep_near", lambda self, bank, conditions: None)
     rooted.step(future(24), poses)
     assert torch.equal(rooted.bank.anchor, anchor)
     torch.testing.assert_close(dreamt(walker, 6), dreamt(rooted, 6), atol=1e-3, rtol=1e-3)

@@ -20,6 +20,7 @@ LEVELS = [
     ["flow", "ops", "world", "shards"],
     ["memory", "codec", "data"],
     ["model"],
+    ["sampler"],
     ["experiment"],
     ["presets"],
     ["rollout"],

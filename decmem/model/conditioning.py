@@ -42,6 +42,15 @@ class Conditions:
             self.time[latents],
         )
 
+    def then(self, later: "Conditions") -> "Conditions":
+        """These latents, followed by others."""
+        return Conditions(
+            torch.cat((self.actions, later.actions), 1),
+            torch.cat((self.world_to_camera, later.world_to_camera), 1),
+            torch.cat((self.lens, later.lens), 1),
+            torch.cat((self.time, later.time)),
+        )
+
     def to(self, device: torch.device | str) -> "Conditions":
         return Conditions(
             self.actions.to(device),
@@ -88,6 +97,23 @@ def normalised_lens(
     cx = intrinsics[..., 0, 2] * 2 / width - 1
     cy = intrinsics[..., 1, 2] * 2 / height - 1
     return torch.stack((fx, fy, cx, cy), dim=-1).float()
+
+
+def conditions_of_frames(
+    actions: Float[Tensor, "B F A"],
+    world_to_camera: Float[Tensor, "B F 4 4"],
+    lens: Float[Tensor, "B F 4"],
+    start: int,
+) -> Conditions:
+    """Conditions of the latents these frames make up; latent 0 is the clip's first frame alone."""
+    first = start == 0
+    grouped = group_frames(actions.float(), first)
+    return Conditions(
+        grouped,
+        group_frames(world_to_camera.double(), first),
+        group_frames(lens, first)[:, :, 0],
+        torch.arange(start, start + grouped.shape[1], device=actions.device),
+    )
 
 
 def patch_rays(

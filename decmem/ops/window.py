@@ -100,22 +100,25 @@ def window_attention(
     if backend == "triton":
         rows = windows.rows(q.device)[None, None]
         return block_sparse_attention(q, k, v, rows, valid=slots, backend=backend)
+    few = len(windows.spans) == 1 or not q.is_cuda
+    if backend == "gather" and few and all(span.contiguous for span in windows.spans):
+        pieces = [_attend_slice(q, k, v, span, valid) for span in windows.spans]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
     # Latents that see the same keys are gathered for once.
     pieces = []
     for first, count, lists in windows.lists(q.device):
         size = first.last - first.first
         part = q[:, :, first.first : first.first + count * size]
-        if count == 1 and first.contiguous and backend == "gather":
-            seen = slice(first.keys[0], first.keys[-1] + 1)
-            mask = None if valid is None else valid.repeat(len(first.keys))[None]
-            out = F.scaled_dot_product_attention(
-                part.flatten(2, 3), k[:, :, seen].flatten(2, 3), v[:, :, seen].flatten(2, 3), mask
-            ).view_as(part)
-        else:
-            grouped = part.unflatten(2, (count, size)).flatten(3, 4)
-            out = block_sparse_attention(
-                grouped, k, v, lists[None, None], valid=slots, backend=backend
-            )
-            out = out.unflatten(3, (size, S)).flatten(2, 3)
-        pieces.append(out)
+        grouped = part.unflatten(2, (count, size)).flatten(3, 4)
+        out = block_sparse_attention(grouped, k, v, lists[None, None], valid=slots, backend=backend)
+        pieces.append(out.unflatten(3, (size, S)).flatten(2, 3))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _attend_slice(q: Tensor, k: Tensor, v: Tensor, span: Span, valid: Tensor | None) -> Tensor:
+    """A span whose keys lie side by side: no gathering, the slice itself is attended to."""
+    part = q[:, :, span.first : span.last]
+    seen = slice(span.keys[0], span.keys[-1] + 1)
+    mask = None if valid is None else valid.repeat(len(span.keys))[None]
+    keys, values = (x[:, :, seen].flatten(2, 3) for x in (k, v))
+    return F.scaled_dot_product_attention(part.flatten(2, 3), keys, values, mask).view_as(part)

@@ -1,0 +1,97 @@
+"""The sampler: denoises a chunk behind a bank, and writes clean chunks into it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decmem import flow
+from decmem.memory import Bank, Recall, bank_plan
+from decmem.model import Conditions, WorldModel
+from decmem.model.conditioning import camera_centres
+
+_NOISE_STREAM = 0x9E3779B97F4A7C15  # keeps the noise of neighbouring seeds apart
+
+
+@dataclass
+class Sampler:
+    """A model with the settings it is sampled with.
+
+    Args:
+        times: of the Euler solver, from 1 to 0. guidance: strength of action guidance or None.
+        dtype: of activations and bank. recall: how the global memory is read.
+    """
+
+    model: WorldModel
+    times: list[float]
+    guidance: float | None
+    dtype: torch.dtype
+    recall: Recall
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head.weight.device
+
+    def noise(self, seeds: Sequence[int], index: Sequence[int]) -> Float[Tensor, "B T C h w"]:
+        """The noise of these latents in these worlds: a function of seed and index alone."""
+        config = self.model.config
+        shape = (config.latent_channels, *config.latent_size)
+
+        def draw(seed: int, i: int) -> Tensor:
+            mixed = (seed * _NOISE_STREAM + i) % 2**63
+            return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
+
+        worlds = [torch.stack([draw(seed, i) for i in index]) for seed in seeds]
+        return torch.stack(worlds).to(self.device)
+
+    def generate(
+        self, bank: Bank, conditions: Conditions, noise: Float[Tensor, "B T C h w"]
+    ) -> Float[Tensor, "B T C h w"]:
+        """Denoises one chunk behind the history; nothing is committed."""
+        self._keep_near(bank, conditions)
+        B, T = noise.shape[:2]
+        plan = bank_plan(self.model.config.reading.reach, bank.length, T, T)
+        steered = self.model.context(conditions, bank)
+        free = None
+        if self.guidance is not None:
+            nobody = torch.zeros(B, dtype=torch.bool, device=self.device)
+            free = self.model.context(conditions, bank, nobody)
+
+        def velocity(z: Tensor, t: float) -> Tensor:
+            at = torch.full((B, T), t, device=self.device)
+            z = z.to(self.dtype)
+            v = self.model(z, at, steered, plan, bank, self.recall)
+            if free is None or self.guidance is None:
+                return v
+            return flow.guide(v, self.model(z, at, free, plan, bank, self.recall), self.guidance)
+
+        return flow.solve(velocity, noise, self.times)
+
+    def write(
+        self, bank: Bank, latents: Float[Tensor, "B T C h w"], conditions: Conditions
+    ) -> None:
+        """The write pass: clean latents through the model, their keys and values into the bank.
+
+        Many latents go in pieces, each a parallel pass: the same bank in bounded working memory.
+        """
+        reach = self.model.config.reading.reach
+        piece = 64 if self.device.type == "cuda" else 16
+        for start in range(0, latents.shape[1], piece):
+            part = slice(start, start + piece)
+            clean, known = latents[:, part].to(self.dtype), conditions[part]
+            B, T = clean.shape[:2]
+            plan = bank_plan(reach, bank.length, T, reach.write_chunk or self.model.config.chunk)
+            still = torch.zeros(B, T, device=self.device)
+            context = self.model.context(known, bank)
+            self.model(clean, still, context, plan, bank, self.recall)
+            bank.commit(known.cameras, known.lens, known.time)
+
+    def _keep_near(self, bank: Bank, conditions: Conditions) -> None:
+        """Moves the bank's anchor along once a world has walked half the trusted reach away."""
+        reach = self.model.config.position.reach
+        here = camera_centres(conditions.cameras[:, 0]).cpu()
+        far = (here - bank.anchor).norm(dim=-1) > reach / 2
+        if reach and bool(far.any()):
+            bank.rebase(torch.where(far[:, None], here, bank.anchor))
