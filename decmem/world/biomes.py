@@ -35,19 +35,19 @@ class Biome:
 
 
 BIOMES: tuple[Biome, ...] = (
-    Biome("meadow", 72, 130, 0, 0, "meadow grass", "dirt", "stone", "sand", "path",
+    Biome("meadow", 72, 95, 0, 0, "meadow grass", "dirt", "stone", "sand", "path",
           (("grass tuft", 8), ("poppy", 6), ("buttercup", 6), ("daisy", 4))),
-    Biome("forest", 96, 190, 0, 0, "forest grass", "dirt", "stone", "gravel", "moss",
+    Biome("forest", 96, 135, 0, 0, "forest grass", "dirt", "stone", "gravel", "moss",
           (("fern", 9), ("grass tuft", 5), ("cornflower", 3))),
-    Biome("desert", 80, 170, 0, 0, "sand", "sandstone", "sandstone", "sand", "sandstone",
+    Biome("desert", 80, 120, 0, 0, "sand", "sandstone", "sandstone", "sand", "sandstone",
           (("dead bush", 4),)),
-    Biome("snow", 112, 250, 0, 0, "snow", "snow", "stone", "gravel", "snowy dirt",
+    Biome("snow", 112, 160, 0, 0, "snow", "snow", "stone", "gravel", "snowy dirt",
           (("dead bush", 2),)),
-    Biome("badlands", 150, 300, 60, 16, "red sand", "red sand", "rust clay", "red sand",
+    Biome("badlands", 150, 220, 60, 16, "red sand", "red sand", "rust clay", "red sand",
           "ochre clay", (("dead bush", 5),)),
-    Biome("highlands", 165, 400, 110, 0, "dry grass", "dirt", "stone", "gravel", "stone",
+    Biome("highlands", 165, 280, 110, 0, "dry grass", "dirt", "stone", "gravel", "stone",
           (("grass tuft", 6), ("cornflower", 4))),
-    Biome("blossom", 84, 160, 0, 0, "blossom grass", "dirt", "stone", "sand", "path",
+    Biome("blossom", 84, 115, 0, 0, "blossom grass", "dirt", "stone", "sand", "path",
           (("daisy", 7), ("cornflower", 5), ("grass tuft", 5))),
 )  # fmt: skip
 

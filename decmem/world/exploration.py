@@ -10,11 +10,11 @@ from decmem.world.motion import advance
 from decmem.world.steering import free_path, freer_side
 
 FULL = ACTION_FIELDS[FORWARD].steps
-_RATES = np.array([0, 0, 0, 2, 2, 3, 3, 4, 4, 6, 6, 9], np.int64) * EIGHTHS
-_PAN_RATES = np.array([3, 4, 6, 6, 9], np.int64) * EIGHTHS
-_YAW_CHANGE = 3 * EIGHTHS
+_RATES = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5], np.int64) * EIGHTHS
+_PAN_RATES = np.array([2, 3, 3, 4, 6], np.int64) * EIGHTHS
+_YAW_CHANGE = 2 * EIGHTHS
 _PITCH_CHANGE = EIGHTHS
-_PITCH_RATE = 3 * EIGHTHS
+_PITCH_RATE = 2 * EIGHTHS
 _NEAR = 3
 _CLOSE = 7
 
@@ -67,7 +67,7 @@ def _decide(cells, state, plan, rng, action):
     elif plan[DODGE] == 0:
         plan[DODGE] = freer_side(cells, x, y, z, yaw)
     if plan[DODGE] != 0:
-        turn = plan[DODGE] * (9 if view <= _NEAR else 5) * EIGHTHS
+        turn = plan[DODGE] * (6 if view <= _NEAR else 4) * EIGHTHS
         run = 0
         if view <= _NEAR:
             ahead = min(ahead, FULL // 4 if view > 1 else -FULL // 4)

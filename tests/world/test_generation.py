@@ -13,9 +13,9 @@ from decmem.world.noise import octaves
 
 # If these change, worlds have changed: raise WORLD_VERSION, and retrain what was trained on them.
 HASHES = {
-    0: "d1f94111a892580ed2d65a4936b9545ee6293973d671e0edebb800d9f1b40028",
-    1: "29bc3588e869554ab5e5673c830f7f32c84fc905b0b1c0a45a71f41e0c45636d",
-    10_000_000: "9ede4d372fc0bbf0f75aaafeef8cb6e466c928a5eb8223dc2aacc6aa94d49726",
+    0: "8f951cc4f6936c37966249e01016e0cb3af2c70f97da49568679fd0846818ddc",
+    1: "4d70139e1402b75ffcf6717a75dfbbad1e25920e8d156bfddea6697822146c31",
+    10_000_000: "5f0a5626a056613df1abe5ea956522aebf997e6c29e127d85f6f1c12d30f253b",
 }
 
 
