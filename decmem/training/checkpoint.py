@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,14 @@ def load_checkpoint(
     try:
         weights = load_file(checkpoint / "model.safetensors")
         state = load_file(checkpoint / "state.safetensors")
-        loop = json.loads((checkpoint / "state.json").read_text())
-        stored = json.loads((checkpoint / "config.json").read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        loop = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        stored = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             "resume", f"{checkpoint} cannot be read ({error})", "Remove it; an older one is used"
         ) from error
-    differing = [k for k in sorted(set(stored) | set(config)) if stored.get(k) != config.get(k)]
+    # What an older version did not write down cannot disagree.
+    differing = sorted(k for k, value in stored.items() if config.get(k) != value)
     if differing:
         raise UserError(
             "resume",
@@ -70,7 +72,6 @@ def load_checkpoint(
 
 def prune(run: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints."""
-    import shutil
-
-    for old in sorted(run.glob("step_*"))[:-keep]:
+    stored = sorted(run.glob("step_*"))
+    for old in stored[: max(0, len(stored) - keep)]:
         shutil.rmtree(old, ignore_errors=True)

@@ -56,7 +56,8 @@ class TrainingLog:
         # A pipe gets a line now and then instead of a bar.
         if self._plain and entry["seconds"] - self._said > 10:
             self._said = entry["seconds"]
-            self._console.print(f"{progress:6.1%} step {step} {note} ({self._said:.0f} s)")
+            line = f"{progress:6.1%} step {step} {note} ({self._said:.0f} s)"
+            self._console.print(line, soft_wrap=True)  # one line, however long
 
     def close(self) -> None:
         if self.active:

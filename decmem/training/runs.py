@@ -1,17 +1,20 @@
 """Whole training runs: parts built, task set up, trained, and the weights exported."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from decmem.codec import Autoencoder
 from decmem.errors import UserError
 from decmem.experiment import Experiment, load_codec, pick_device, to_plain
 from decmem.memory import MemoryName, Reach
 from decmem.model import WorldModel
 from decmem.presets import preset
-from decmem.shards import load_weights
+from decmem.shards import load_weights, weights_sha256
 from decmem.training.average import WeightAverage
 from decmem.training.checkpoint import latest_checkpoint
 from decmem.training.codec_task import CodecTask
@@ -26,6 +29,8 @@ from decmem.training.trainer import Budget, Task, Trainer
 from decmem.world.episode import Episode, render_episode
 from decmem.world.version import HELD_OUT_SEED_BASE
 
+Loaded = TypeVar("Loaded")
+
 
 def train_codec(options: RunOptions) -> Path | None:
     """Trains the codec of a preset; returns its weights, or None when paused."""
@@ -33,7 +38,7 @@ def train_codec(options: RunOptions) -> Path | None:
     try:
         config = _changed(experiment.codec_training, options)
         torch.manual_seed(options.seed)
-        codec = experiment.build_codec().to(place.device, memory_format=torch.channels_last)
+        codec = _on(place, experiment.build_codec())
         task = CodecTask(
             codec, config, experiment.model.size, place.device, options.seed, place.rank
         )
@@ -76,7 +81,15 @@ def train_memory(
                 reach = dataclasses.replace(reach, window=None)
             reading = dataclasses.replace(shape.reading, reach=reach)
             shape = dataclasses.replace(shape, memory=memory, reading=reading)
-        codec = load_codec(codec_weights).to(place.device, memory_format=torch.channels_last)
+        codec = _given(load_codec, codec_weights, "--codec")
+        if codec.latent_channels != shape.latent_channels:
+            raise UserError(
+                "--codec",
+                f"{codec_weights} has {codec.latent_channels} latent channels, "
+                f"{experiment.name} {shape.latent_channels}",
+                "Give the codec of this preset",
+            )
+        codec = _on(place, codec)
         cache = LatentCache(
             codec, config.walks, config.latents, shape.size, place.device, place.rank
         )
@@ -89,6 +102,7 @@ def train_memory(
             "training": to_plain(config),
             "flow": to_plain(experiment.flow),
             "model": to_plain(shape),
+            "codec_sha256": weights_sha256(codec_weights),
         }
         rates = (config.adam_lr, config.muon_lr)
         trainer = _trainer(options, task, place, run, budget, made, rates)
@@ -114,6 +128,15 @@ def train_memory(
 def _start(options: RunOptions, stage: str) -> tuple[Experiment, Place, Path]:
     if options.seconds is not None and options.steps is not None:
         raise UserError("--seconds", "given together with --steps", "Give one of the two")
+    for name in ("steps", "batch", "walks", "seconds", "rate"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name}", f"got {value:g}, expected more than 0", "Raise it")
+    for name in ("checkpoint_every", "pause_after"):
+        value = getattr(options, name)
+        if value is not None and not value >= 0:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(flag, f"got {value:g}, expected 0 or more", "Raise it")
     experiment = preset(options.preset)
     run = options.out or Path("runs_out") / f"{options.preset}-{stage}"
     if not options.resume and latest_checkpoint(run) is not None:
@@ -136,6 +159,11 @@ def _budget(options: RunOptions, steps: int, warmup: int, decay_from: float) -> 
     )
 
 
+def _on(place: Place, codec: Autoencoder) -> Autoencoder:
+    device, order = place.device, torch.channels_last
+    return codec.to(device, memory_format=order)  # pyright: ignore[reportCallIssue]
+
+
 def _trainer(
     options: RunOptions,
     task: Task,
@@ -147,23 +175,43 @@ def _trainer(
 ) -> Trainer:
     network = task.network
     if options.init is not None:
-        tensors, _ = load_weights(options.init)
-        try:
-            network.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UserError(
-                "--init", f"{options.init} does not fit this preset", "Give weights of this preset"
-            ) from error
+        _start_from(network, options.init)
     adam, muon = rates
     optimisers = Optimisers(
         network, adam * options.rate, None if muon is None else muon * options.rate
     )
     average = WeightAverage(network, made["training"]["average"])
-    config = made | {"preset": options.preset, "seed": options.seed, "seconds": options.seconds}
+    config = made | {
+        "preset": options.preset,
+        "seed": options.seed,
+        "seconds": options.seconds,
+        "rate": options.rate,
+        "processes": place.world,
+    }
     trainer = Trainer(task, optimisers, average, budget, place, run, config, made["stage"])
     if options.resume:
         trainer.resume()
     return trainer
+
+
+def _start_from(network: torch.nn.Module, path: Path) -> None:
+    """Loads weights to start from; gates, which a causal backbone has none of, may be missing."""
+    tensors, _ = _given(load_weights, path, "--init")
+    gates = {name: p for name, p in network.state_dict().items() if ".memory.gate." in name}
+    try:
+        network.load_state_dict(gates | tensors)
+    except RuntimeError as error:
+        raise UserError(
+            "--init", f"{path} does not fit this preset", "Give weights of this preset"
+        ) from error
+
+
+def _given(load: Callable[[Path], Loaded], path: Path, flag: str) -> Loaded:
+    """What lies at `path`; where it cannot be loaded, the error names the flag it came from."""
+    try:
+        return load(path)
+    except UserError as error:
+        raise UserError(flag, error.problem, error.cure) from error
 
 
 def _origin(options: RunOptions, trainer: Trainer, place: Place) -> dict[str, Any]:

@@ -110,7 +110,9 @@ class Trainer:
         params = list(self.task.network.parameters())
         started = time.monotonic()
         before = self.spent
-        progress, done, reported = self._progress(), False, time.monotonic()
+        reported, reported_step = started, self.step
+        progress = self._progress()
+        done = progress >= 1.0  # so is a finished run that is resumed
         try:
             while not done:
                 self.optimisers.set_rate(
@@ -124,35 +126,41 @@ class Trainer:
                 self.average.update(self.task.network, self.step)
                 self.step += 1
 
-                here = time.monotonic() - started
-                self.spent = place.agree(before + here) if self._timely() else before + here
+                # Between agreements the clock stands still for all: rates and the end hang on it.
+                if self._timely():
+                    self.spent = place.agree(before + time.monotonic() - started)
                 progress = self._progress()
                 done = progress >= 1.0
-                if self.step % budget.report_every == 0 or done:
-                    value = float(loss.detach())
-                    if not torch.isfinite(norm) or value != value:
-                        raise UserError(
-                            "training",
-                            f"loss {value} and gradient norm {float(norm)} at step {self.step}",
-                            "Lower the learning rate, or resume from the last checkpoint",
-                        )
-                    now = time.monotonic()
-                    pace = budget.report_every / max(now - reported, 1e-9)
-                    reported = now
-                    shown = {"loss": value, "norm": float(norm), "steps_per_s": pace}
-                    shown |= {k: float(v) for k, v in figures.items()}
-                    log.report(self.step, progress, shown)
                 pause = (
                     stop_after is not None and self._timely() and self.spent - before > stop_after
                 )
                 due = budget.checkpoint_every and self.step % budget.checkpoint_every == 0
-                if done or pause or due:
+                report, store = self.step % budget.report_every == 0 or done, done or pause or due
+                if report or store:
+                    # A checkpoint that cannot be resumed must not push out one that can.
+                    self._require_finite(loss, norm)
+                if report:
+                    now = time.monotonic()
+                    pace = (self.step - reported_step) / max(now - reported, 1e-9)
+                    reported, reported_step = now, self.step
+                    shown = {"loss": float(loss.detach()), "norm": float(norm), "steps_per_s": pace}
+                    shown |= {k: float(v) for k, v in figures.items()}
+                    log.report(self.step, progress, shown)
+                if store:
                     self._store()
                 if pause and not done:
                     return False
         finally:
             log.close()
         return True
+
+    def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise UserError(
+                "training",
+                f"loss {float(loss.detach())} and gradient norm {float(norm)} at step {self.step}",
+                "Lower the learning rate, or resume from the last checkpoint",
+            )
 
     def _timely(self) -> bool:
         """Steps at which processes agree on the time; agreeing costs a synchronisation."""

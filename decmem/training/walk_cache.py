@@ -50,11 +50,11 @@ def rendered_walks(
     Raises:
         UserError: when the walks would reach the held-out seeds.
     """
-    if (first + count) // WALKS_PER_WORLD >= HELD_OUT_SEED_BASE:
+    if first + count > WALKS_PER_WORLD * HELD_OUT_SEED_BASE:
         raise UserError(
-            "seed",
-            f"walks up to {first + count} need worlds beyond {HELD_OUT_SEED_BASE}",
-            f"Training seeds lie below {HELD_OUT_SEED_BASE}",
+            "walks",
+            f"{count} from walk {first} on reach held-out worlds, {HELD_OUT_SEED_BASE} onwards",
+            f"Ask for fewer: a world has {WALKS_PER_WORLD}",
         )
     cores = os.cpu_count() or 1
     kind = "cuda" if device.type == "cuda" else "cpu"
