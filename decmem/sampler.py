@@ -77,12 +77,14 @@ class Sampler:
         Many latents go in pieces, each a parallel pass: the same bank in bounded working memory.
         """
         reach = self.model.config.reading.reach
-        piece = 64 if self.device.type == "cuda" else 16
+        chunk = reach.write_chunk or self.model.config.chunk
+        # Whole chunks: one that was cut in two would see less of itself.
+        piece = max(1, (64 if self.device.type == "cuda" else 16) // chunk) * chunk
         for start in range(0, latents.shape[1], piece):
             part = slice(start, start + piece)
             clean, known = latents[:, part].to(self.dtype), conditions[part]
             B, T = clean.shape[:2]
-            plan = bank_plan(reach, bank.length, T, reach.write_chunk or self.model.config.chunk)
+            plan = bank_plan(reach, bank.length, T, chunk)
             still = torch.zeros(B, T, device=self.device)
             context = self.model.context(known, bank)
             self.model(clean, still, context, plan, bank, self.recall)

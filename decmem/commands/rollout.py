@@ -82,13 +82,17 @@ class RollOut:
             seeds=[self.seed],
         )
         size = session.config.size
-        suffix = ".mkv" if self.lossless else ".mp4"
+        suffix, stale = (".mkv", ".mp4")[:: 1 if self.lossless else -1]
         check_video(self.out / f"dream{suffix}", size, FPS, lossless=self.lossless)
+        names = {"track.npz", *(f"{n}{s}" for n in ("dream", "whole") for s in (suffix, stale))}
+        for given in (self.memory, self.track):
+            if given.name in names and given.parent.resolve() == self.out.resolve():
+                raise UserError("--out", f"{given} would be overwritten", "choose another folder")
         clip, future = load_clip(self.memory, self.track, size, FPS)
         clip = whole_latents(clip)
         poses = None
         if self.actions is not None:
-            actions, poses = load_actions(self.actions)
+            actions, poses = load_actions(self.actions, FPS)
         elif future is not None and future.actions is not None:
             actions, poses = future.actions, future.world_to_camera
         else:
@@ -103,40 +107,43 @@ class RollOut:
             start = np.concatenate((np.zeros_like(actions[:1]), actions))
             poses = integrate(clip.world_to_camera[-1], start)[1:]
 
-        session.observe(clip.frames, clip.actions, clip.world_to_camera, clip.intrinsics)
         # Whole latents come out: the end is padded with standing still, and cut off again.
-        spare = -len(actions) % 4
+        unit = 4 * min(session.config.chunk_sizes)
+        spare = -len(actions) % unit
         padded = np.concatenate((actions, np.zeros((spare, actions.shape[1]), np.float32)))
         held = np.concatenate((poses, np.repeat(poses[-1:], spare, axis=0)))
-        made = []
-        starts = range(0, len(padded), 16)
-        for first in bar(starts, "dreaming", total=len(starts)):
-            piece = slice(first, first + 16)
-            made.append(session.step(padded[piece], held[piece]))
-        dream = np.concatenate(made)[: len(actions)]
-
-        whole = Episode(
-            frames=np.concatenate((clip.frames, dream)),
-            world_to_camera=np.concatenate((clip.world_to_camera, poses)),
-            intrinsics=np.concatenate(
-                (clip.intrinsics, np.repeat(clip.intrinsics[-1:], len(dream), axis=0))
-            ),
-            actions=np.concatenate((clip.actions, actions)),
-            fps=clip.fps,
-            provenance=clip.provenance | {"dreamed_from_frame": len(clip) + 1},
-        )
-        report = {
-            "memory_frames": len(clip),
-            "dreamed_frames": len(dream),
-            "preset": self.preset,
-            "weights_sha256": session.weights_sha256,
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "seed": self.seed,
-            "seconds": session.timings,
-            "provenance": whole.provenance,
-        }
+        # First of all, so that a forbidden place is told before the work.
         with atomic_folder(self.out) as folder:
+            session.observe(clip.frames, clip.actions, clip.world_to_camera, clip.intrinsics)
+            made = []
+            piece = 4 * session.chunk
+            starts = range(0, len(padded), piece)
+            for first in bar(starts, "dreaming", total=len(starts)):
+                part = slice(first, first + piece)
+                made.append(session.step(padded[part], held[part]))
+            dream = np.concatenate(made)[: len(actions)]
+
+            whole = Episode(
+                frames=np.concatenate((clip.frames, dream)),
+                world_to_camera=np.concatenate((clip.world_to_camera, poses)),
+                intrinsics=np.concatenate(
+                    (clip.intrinsics, np.repeat(clip.intrinsics[-1:], len(dream), axis=0))
+                ),
+                actions=np.concatenate((clip.actions, actions)),
+                fps=clip.fps,
+                provenance=clip.provenance | {"dreamed_from_frame": len(clip) + 1},
+            )
+            report = {
+                "memory_frames": len(clip),
+                "dreamed_frames": len(dream),
+                "preset": self.preset,
+                "weights_sha256": session.weights_sha256,
+                "steps": self.steps,
+                "guidance": session.guidance,
+                "seed": self.seed,
+                "seconds": session.timings,
+                "provenance": whole.provenance,
+            }
             for name, frames in (("dream", dream), ("whole", whole.frames)):
                 write_video(
                     folder / f"{name}{suffix}",
@@ -147,5 +154,8 @@ class RollOut:
                 )
             save_track(folder / "track.npz", whole)
             write_json(folder / "report.json", report)
+        # The new track belongs to the new videos; earlier ones beside it would be taken for them.
+        for name in ("dream", "whole"):
+            (self.out / f"{name}{stale}").unlink(missing_ok=True)
         seconds = session.timings["rollout"] + session.timings["decode"]
         print(f"{len(dream)} frames in {self.out}, {len(dream) / seconds:.1f} a second")

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def load_clip(
     Raises:
         UserError: for files that cannot be read or do not belong together.
     """
-    known = load_track(track, "--track")
+    known = _load_sound_track(track, "--track")
     frames, rate = read_video(video, size, known.fps, argument="--memory")
     if len(frames) > len(known):
         raise UserError(
@@ -38,13 +39,12 @@ def load_clip(
             "give one pose per frame of the video, at the rate the track states",
         )
     known = _scaled(known, size)
-    past, future = _cut(known, 0, len(frames)), _cut(known, len(frames), len(known))
-    if abs(rate - fps) > fps / 1000:
-        kept = _nearest_frames(len(frames), rate, fps)
+    if _differ(rate, fps):
         logger.warning("%s runs at %g frames per second, resampled to %g", video, rate, fps)
-        frames, past = frames[kept], _resampled(past, kept)
-        if len(future):
-            future = _resampled(future, _nearest_frames(len(future), rate, fps))
+        # Past and future in one go: the beat does not start afresh where the video ends.
+        kept = _nearest_frames(len(known), rate, fps)
+        known, frames = _resampled(known, kept), frames[kept[kept < len(frames)]]
+    past, future = _cut(known, 0, len(frames)), _cut(known, len(frames), len(known))
     if past.actions is None:
         logger.warning("%s has no actions: the clip is taken as unsteered", track)
     actions = np.zeros((len(frames), A), np.float32) if past.actions is None else past.actions
@@ -69,41 +69,82 @@ def whole_latents(episode: Episode, frames_per_latent: int = 4) -> Episode:
             frames_per_latent,
             spare,
         )
+    actions = episode.actions[spare:].copy()
+    if spare:
+        actions[0] = 0  # what led to a first frame is a no-op
     return Episode(
         frames=episode.frames[spare:],
         world_to_camera=episode.world_to_camera[spare:],
         intrinsics=episode.intrinsics[spare:],
-        actions=episode.actions[spare:],
+        actions=actions,
         fps=episode.fps,
         provenance=episode.provenance,
     )
 
 
 def load_actions(
-    given: str, argument: str = "--actions"
+    given: str, fps: float, argument: str = "--actions"
 ) -> tuple[Float32[np.ndarray, "F A"], Float64[np.ndarray, "F 4 4"] | None]:
     """Future actions from an .npz or .csv file or a script, and poses where an .npz holds them.
+
+    An .npz of another rate is resampled with a warning; its first row follows the memory's last
+    frame.
 
     Raises:
         UserError: for a file or a script that cannot be read, and for actions out of range.
     """
     path = Path(given)
     if path.suffix == ".npz":
-        held = load_track(path, argument)
+        held = _load_sound_track(path, argument)
         if held.actions is None:
             raise UserError(argument, f"{path} holds no actions", "add an array named actions")
+        if len(held) and _differ(held.fps, fps):
+            logger.warning("%s runs at %g frames per second, resampled to %g", path, held.fps, fps)
+            # Row -1 stands for the memory's last frame, from which the actions lead on.
+            kept = _nearest_frames(1 + len(held), held.fps, fps) - 1
+            held = _cut(_resampled(held, kept), 1, len(kept))
+            assert held.actions is not None
         return held.actions, held.world_to_camera
     if path.suffix == ".csv":
         try:
-            rows = np.loadtxt(path, delimiter=",", ndmin=2, comments="#", dtype=np.float32)
+            with warnings.catch_warnings(action="ignore"):  # of a file without rows
+                rows = np.loadtxt(path, delimiter=",", ndmin=2, comments="#", dtype=np.float32)
         except (OSError, ValueError) as error:
             raise UserError(
                 argument,
                 f"{path} cannot be read ({error})",
                 f"give rows of {', '.join(field.name for field in ACTION_FIELDS)}",
             ) from error
-        return validate_actions(rows, argument), None
+        return validate_actions(rows if rows.size else np.zeros((0, A)), argument), None
     return parse_script(given, argument), None
+
+
+def _load_sound_track(path: str | Path, argument: str) -> TrackFile:
+    """A track whose rate, size and lenses can be reckoned with."""
+    track = load_track(path, argument)
+    if not 0 < track.fps < np.inf:
+        raise UserError(
+            argument, f"{path} has {track.fps:g} frames per second", "give a rate above zero"
+        )
+    if min(track.size) < 1:
+        raise UserError(
+            argument,
+            f"{path} is of frames of {track.size[0]} x {track.size[1]} pixels",
+            "give the height and width that its intrinsics are for",
+        )
+    focal = track.intrinsics[:, [0, 1], [0, 1]]
+    bad = ~(np.isfinite(track.intrinsics).all((1, 2)) & (focal > 0).all(1))
+    if bad.any():
+        raise UserError(
+            argument,
+            f"the intrinsics of frame {int(bad.argmax()) + 1} are not those of a lens",
+            "give 3x3 matrices in pixels with focal lengths above zero",
+        )
+    return track
+
+
+def _differ(rate: float, fps: float) -> bool:
+    return abs(rate - fps) > fps / 1000
 
 
 def _cut(track: TrackFile, first: int, last: int) -> TrackFile:
@@ -127,7 +168,8 @@ def _scaled(track: TrackFile, size: tuple[int, int]) -> TrackFile:
 def _nearest_frames(count: int, rate: float, fps: float) -> np.ndarray:
     """Indices of the frames nearest the times 0, 1/fps, 2/fps, ..."""
     times = np.arange(int(np.floor((count - 1) / rate * fps + 1e-6)) + 1) / fps
-    return np.minimum(np.rint(times * rate).astype(int), count - 1)
+    # Halves always up: rounding them to even would make a halved or doubled rate limp.
+    return np.minimum(np.floor(times * rate + 0.5 + 1e-6).astype(int), count - 1)
 
 
 def _resampled(track: TrackFile, kept: np.ndarray) -> TrackFile:
