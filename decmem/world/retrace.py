@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float64, Int64
 from decmem.errors import UserError
 from decmem.world.actions import A
 from decmem.world.angles import EIGHTHS
-from decmem.world.camera import DEFAULT_FOV, centres, intrinsics
+from decmem.world.camera import DEFAULT_FOV, DEFAULT_SIZE, centres, intrinsics
 from decmem.world.exploration import PLAN, explore
 from decmem.world.grid import World
 from decmem.world.hashing import draw, stream
@@ -24,7 +24,6 @@ from decmem.world.motion import STATE, UNIT, Track, state_cameras
 from decmem.world.probe import PROBE_SIZE, probe_depth
 from decmem.world.spawn import choose_spawn
 from decmem.world.tracking import (
-    ANYWHERE,
     ARRIVED,
     BOUNCE,
     MIND,
@@ -50,11 +49,16 @@ DISTINCT = 0.5
 
 EXPLORED = BANK - GAP
 _PLANNED_SEEN = 0.96
+_PLANNING_PROBE = (48, 72)
 _PLANNED_DISTINCT = 0.6
 _IN_SIGHT = 0.4
+_LOST = UNIT
+"""A way on that leaves the player this far behind, stuck on something, is none."""
 _CHUNK = 12
 _OPTIONS = 11
 _BOLD = 6
+_PATIENCE = 8
+"""Options tried per chunk, on average, before a try is given up."""
 _ATTEMPTS = 100
 _SALT = 900
 
@@ -84,70 +88,95 @@ def distinct_from(
     return ((distance >= APART) | turned).all(1)
 
 
-class _Judge:
-    """Decides by depth probes whether frames show only what the exploration saw."""
+class _Seen:
+    """What the exploration saw, as depth maps of one size, asked with probes of another."""
 
-    def __init__(self, world: World, explored: Float64[np.ndarray, "N 4 4"]) -> None:
+    def __init__(
+        self,
+        world: World,
+        explored: Float64[np.ndarray, "N 4 4"],
+        size: tuple[int, int],
+        probe: tuple[int, int],
+    ) -> None:
         self.world = world
         self.poses = explored
-        self.depth = probe_depth(world, explored)
-        self.intrinsics = intrinsics(PROBE_SIZE, DEFAULT_FOV)
+        self.depth = probe_depth(world, explored, size)
+        self.intrinsics = intrinsics(size, DEFAULT_FOV)
+        self.probe = probe
+        self.probe_intrinsics = intrinsics(probe, DEFAULT_FOV)
 
-    def leads_away(self) -> bool:
-        """Whether the path's beginning, where the return leads, is mostly out of sight from the
-        stretch passed shortly before the scored frames.
-        """
-        recent = np.arange(EXPLORED - GAP - 5, EXPLORED - GAP // 2 + 5)
-        shares = [
-            (self.seen(self.depth[row], self.poses[row], recent) >= 0).mean()
-            for row in range(0, EXPLORED // 3, 8)
-        ]
-        return bool(np.mean(shares) <= _IN_SIGHT)
+    def share(self, pose: Float64[np.ndarray, "4 4"], rows: Int64[np.ndarray, " rows"]) -> float:
+        """Share of a view that the explored frames `rows`, asked in turn, saw."""
+        depth = probe_depth(self.world, pose[None], self.probe)[0]
+        seen = seen_by(
+            depth, pose, self.probe_intrinsics, self.depth, self.poses, self.intrinsics, rows
+        )
+        return float((seen >= 0).mean())
 
-    def seen(self, depth, pose, order: Int64[np.ndarray, " rows"]) -> np.ndarray:
-        """For each pixel of a probe the first explored frame of `order` that sees it, or -1."""
-        return seen_by(depth, pose, self.depth, self.poses, order, self.intrinsics)
 
-    def passes(self, poses: Float64[np.ndarray, "F 4 4"], row: int) -> bool:
-        """Whether all frames are seen; the search begins at the explored frame `row`."""
-        order = np.argsort(abs(np.arange(len(self.poses)) - row), kind="stable")
-        for pose in poses[::-1]:
-            depth = probe_depth(self.world, pose[None])[0]
-            if (self.seen(depth, pose, order) >= 0).mean() < _PLANNED_SEEN:
-                return False
-        return True
+def _leads_away(seen: _Seen) -> bool:
+    """Whether the path's beginning, where the return leads, is mostly out of sight from the stretch
+    passed shortly before the scored frames.
+    """
+    recent = np.arange(EXPLORED - GAP - 5, EXPLORED - GAP // 2 + 5)
+    shares = [seen.share(seen.poses[row], recent) for row in range(0, EXPLORED // 3, 8)]
+    return bool(np.mean(shares) <= _IN_SIGHT)
+
+
+def _stays_in_sight(seen: _Seen, poses: Float64[np.ndarray, "F 4 4"], row: int) -> bool:
+    """Whether every view was seen; the search begins at the explored frame `row`."""
+    rows = np.argsort(abs(np.arange(EXPLORED) - row), kind="stable")
+    return all(seen.share(pose, rows) >= _PLANNED_SEEN for pose in poses[::-1])
 
 
 def _attempt(
     world: World, seed: int, frames: int
 ) -> tuple[Int64[np.ndarray, "F 8"], Int64[np.ndarray, "F A"]] | None:
-    """One try; None if some chunk finds no way on."""
+    """One try: explore, then plan the return chunk by chunk; None if it leads nowhere."""
     states = np.zeros((frames, STATE), np.int64)
     actions = np.zeros((frames, A), np.int64)
     states[0] = choose_spawn(world, seed)
     rng = np.array([stream(seed, _SALT)], np.uint64)
     explore(world.cells, np.zeros(PLAN, np.int64), rng, states, actions, 1, EXPLORED)
     path = states[:EXPLORED].copy()
-    judge = _Judge(world, state_cameras(states[:EXPLORED]))
-    if not judge.leads_away():
+    explored = state_cameras(path)
+    if not _leads_away(_Seen(world, explored, PROBE_SIZE, PROBE_SIZE)):
         return None
+    # Slivers seen at a grazing angle only count at the frames' own size.
+    seen = _Seen(world, explored, DEFAULT_SIZE, _PLANNING_PROBE)
+
+    def leads_on(mind: np.ndarray, option: int, begin: int, end: int) -> bool:
+        _choose(mind, option, rng)
+        reached = follow(world.cells, path, mind, BOUNCE, _LOST, states, actions, begin, end)
+        if reached < end:
+            return False
+        poses = state_cameras(states[begin:end])
+        bank = state_cameras(states[: min(BANK, begin)])
+        if option < _BOLD and distinct_from(poses, bank).mean() < _PLANNED_DISTINCT:
+            return False
+        return _stays_in_sight(seen, poses, int(mind[PLACE]) // PHASE)
+
     mind = np.zeros(MIND, np.int64)
     mind[PLACE], mind[PACE] = (EXPLORED - 1) * PHASE, -PHASE
-    for begin in range(EXPLORED, frames, _CHUNK):
-        end = min(begin + _CHUNK, frames)
-        for option in range(_OPTIONS):
-            trial = mind.copy()
-            _choose(trial, option, rng)
-            follow(world.cells, path, trial, BOUNCE, ANYWHERE, states, actions, begin, end)
-            poses = state_cameras(states[begin:end])
-            bank = state_cameras(states[: min(BANK, begin)])
-            if option < _BOLD and distinct_from(poses, bank).mean() < _PLANNED_DISTINCT:
-                continue
-            if judge.passes(poses, int(trial[PLACE]) // PHASE):
-                mind = trial
+    begins = range(EXPLORED, frames, _CHUNK)
+    plans = [(mind, iter(range(_OPTIONS)))]
+    for _ in range(_PATIENCE * len(begins)):
+        begin = begins[len(plans) - 1]
+        before, options = plans[-1]
+        option = next(options, None)
+        if option is None:
+            # A dead end: what led here was no good choice either.
+            plans.pop()
+            if not plans:
+                return None
+            continue
+        mind = before.copy()
+        if leads_on(mind, option, begin, min(begin + _CHUNK, frames)):
+            if len(plans) == len(begins):
                 break
-        else:
-            return None
+            plans.append((mind, iter(range(_OPTIONS))))
+    else:
+        return None
     poses = state_cameras(states)
     if distinct_from(poses[BANK:], poses[:BANK]).mean() < DISTINCT:
         return None

@@ -41,11 +41,16 @@ def _agrees(depth, u, v, z):
 
 
 @compiled
-def seen_by(depth, pose, bank_depth, bank_poses, order, intrinsics):
-    """For each pixel the first entry of `order` whose bank frame sees it, as its number; or -1."""
+def seen_by(depth, pose, intrinsics, bank_depth, bank_poses, bank_intrinsics, order):
+    """For each pixel the first entry of `order` whose bank frame sees it, as its number; or -1.
+
+    The bank's depth maps may have another size, with intrinsics of their own.
+    """
     height, width = depth.shape
     fx, fy = intrinsics[0, 0], intrinsics[1, 1]
     cx, cy = intrinsics[0, 2], intrinsics[1, 2]
+    there_fx, there_fy = bank_intrinsics[0, 0], bank_intrinsics[1, 1]
+    there_cx, there_cy = bank_intrinsics[0, 2], bank_intrinsics[1, 2]
     seen = np.full((height, width), -1, np.int32)
     point = np.empty(3)
     for row in range(height):
@@ -74,9 +79,9 @@ def seen_by(depth, pose, bank_depth, bank_poses, order, intrinsics):
                 if not sky:
                     x += other[0, 3]
                     y += other[1, 3]
-                u = x / deep * fx + cx
-                v = y / deep * fy + cy
-                if u < 0 or v < 0 or u >= width or v >= height:
+                u = x / deep * there_fx + there_cx
+                v = y / deep * there_fy + there_cy
+                if u < 0 or v < 0 or u >= bank_depth.shape[2] or v >= bank_depth.shape[1]:
                     continue
                 if _agrees(bank_depth[number], u, v, np.inf if sky else deep):
                     seen[row, column] = number
@@ -96,7 +101,9 @@ def last_seen(
     Depths along the camera's z axis, infinite for sky; all frames share the intrinsics.
     """
     order = np.arange(len(bank_depth) - 1, -1, -1)
-    return seen_by(depth, world_to_camera, bank_depth, bank_world_to_camera, order, intrinsics)
+    return seen_by(
+        depth, world_to_camera, intrinsics, bank_depth, bank_world_to_camera, intrinsics, order
+    )
 
 
 def visible(
