@@ -47,7 +47,7 @@ class CodecTraining:
     warmup: int = 100
     noise: float = 0.1
     l1: float = 1.0
-    mse: float = 4.0
+    mse: float = 8.0
     gradient: float = 0.5
     lone: float = 0.2
     average: float = 0.999
