@@ -97,8 +97,10 @@ class Evaluate:
         if batch is None:
             batch = 32 if session.device.type == "cuda" else 2
 
+        device = "cuda" if session.device.type == "cuda" else "cpu"
+
         def render(seed: int, walk: WalkKind) -> Episode:
-            return render_episode(seed, walk, protocol.frames, size, threads=1)
+            return render_episode(seed, walk, protocol.frames, size, device=device, threads=1)
 
         header = {
             "suite": self.suite,
@@ -112,7 +114,7 @@ class Evaluate:
                 self.codec_weights or shipped_weights(f"{self.preset}-codec")
             ),
             "window_weights_sha256": window_session.weights_sha256 if window_session else None,
-            "device": session.device.type,
+            "device": device,
         }
         runner = Runner(
             protocol=protocol,

@@ -56,7 +56,7 @@ def train_codec(options: RunOptions) -> Path | None:
             export_weights(
                 weights, tensors, {"codec": to_plain(experiment.codec)}, card, int8=False
             )
-            write_sheet(run / "sheet.png", codec_sheet(codec, _held_out(experiment, 65, 3)))
+            write_sheet(run / "sheet.png", codec_sheet(codec, _held_out(experiment, place, 65, 3)))
         place.wait()
         return weights
     finally:
@@ -114,7 +114,7 @@ def train_memory(
             card = made | _origin(options, trainer, place)
             export_weights(weights, model.state_dict(), {"model": to_plain(shape)}, card, int8)
             known = 1 + 4 * (config.latents * 3 // 4 - 1)
-            episodes = _held_out(experiment, known + 32, 3)
+            episodes = _held_out(experiment, place, known + 32, 3)
             fresh = WorldModel(shape).to(place.device)
             fresh.load_state_dict(model.state_dict())
             rows = memory_sheet(codec, fresh.eval(), experiment.flow, episodes, known)
@@ -228,9 +228,9 @@ def _origin(options: RunOptions, trainer: Trainer, place: Place) -> dict[str, An
     }
 
 
-def _held_out(experiment: Experiment, frames: int, count: int) -> list[Episode]:
-    size = experiment.model.size
+def _held_out(experiment: Experiment, place: Place, frames: int, count: int) -> list[Episode]:
+    size, device = experiment.model.size, "cuda" if place.device.type == "cuda" else "cpu"
     return [
-        render_episode(HELD_OUT_SEED_BASE + i, "train", frames, size, 2, "cpu")
+        render_episode(HELD_OUT_SEED_BASE + i, "train", frames, size, device=device)
         for i in range(count)
     ]
