@@ -40,16 +40,13 @@ class TrainMemory(RunOptions):
     memory: Literal["decoupled", "window"] = "decoupled"
     """window: the local branch alone, the control of every comparison."""
 
-    int8: bool = False
-    """Store matrices as int8 rows: half the size, no measurable loss."""
-
     def run(self) -> None:
         """Train, then say where the weights are."""
         from decmem.experiment import shipped_weights
         from decmem.training.runs import train_memory
 
         codec = self.codec or shipped_weights(f"{self.preset}-codec")
-        _tell(train_memory(self, codec, self.memory, self.int8), self)
+        _tell(train_memory(self, codec, self.memory), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ class TrainCausal(RunOptions):
         from decmem.training.runs import train_memory
 
         codec = self.codec or shipped_weights(f"{self.preset}-codec")
-        _tell(train_memory(self, codec, "dense", int8=False), self)
+        _tell(train_memory(self, codec, "dense"), self)
 
 
 def _tell(weights: Path | None, options: RunOptions) -> None:

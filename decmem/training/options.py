@@ -47,5 +47,8 @@ class RunOptions:
     walks: int | None = None
     """Walks rendered and trained on, per process; default the preset's."""
 
+    int8: bool = False
+    """Store matrices as int8 rows: half the size, 0.02 dB less (docs/results.md)."""
+
     deterministic: bool = False
     """On a GPU too, the same bits every time (slower)."""

@@ -54,7 +54,7 @@ def train_codec(options: RunOptions) -> Path | None:
             card = made | _origin(options, trainer, place)
             tensors = codec.state_dict()
             export_weights(
-                weights, tensors, {"codec": to_plain(experiment.codec)}, card, int8=False
+                weights, tensors, {"codec": to_plain(experiment.codec)}, card, options.int8
             )
             write_sheet(run / "sheet.png", codec_sheet(codec, _held_out(experiment, place, 65, 3)))
         place.wait()
@@ -64,7 +64,7 @@ def train_codec(options: RunOptions) -> Path | None:
 
 
 def train_memory(
-    options: RunOptions, codec_weights: Path, memory: MemoryName | None, int8: bool
+    options: RunOptions, codec_weights: Path, memory: MemoryName | None
 ) -> Path | None:
     """Trains the world model of a preset; returns its weights, or None when paused.
 
@@ -112,7 +112,9 @@ def train_memory(
         weights = run / f"{experiment.name}.safetensors"
         if place.first:
             card = made | _origin(options, trainer, place)
-            export_weights(weights, model.state_dict(), {"model": to_plain(shape)}, card, int8)
+            export_weights(
+                weights, model.state_dict(), {"model": to_plain(shape)}, card, options.int8
+            )
             known = 1 + 4 * (config.latents * 3 // 4 - 1)
             episodes = _held_out(experiment, place, known + 32, 3)
             fresh = WorldModel(shape).to(place.device)
