@@ -38,8 +38,13 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint with the most steps, or None. A folder without state.json does not count."""
-    found = [p.parent for p in run.glob("step_*/state.json") if re.search(r"\d{8}$", p.parent.name)]
-    return max(found, key=lambda p: p.name, default=None)
+    return max(_complete(run), default=None)
+
+
+def _complete(run: Path) -> list[Path]:
+    """The checkpoints that can be resumed, oldest first."""
+    found = (p.parent for p in run.glob("step_*/state.json"))
+    return sorted(p for p in found if re.fullmatch(r"step_\d{8}", p.name))
 
 
 def load_checkpoint(
@@ -59,8 +64,7 @@ def load_checkpoint(
         raise UserError(
             "resume", f"{checkpoint} cannot be read ({error})", "Remove it; an older one is used"
         ) from error
-    # What an older version did not write down cannot disagree.
-    differing = sorted(k for k, value in stored.items() if config.get(k) != value)
+    differing = sorted(_differing(stored, config))
     if differing:
         raise UserError(
             "resume",
@@ -70,8 +74,23 @@ def load_checkpoint(
     return weights, state, loop
 
 
+def _differing(stored: dict[str, Any], config: dict[str, Any], path: str = "") -> list[str]:
+    """Names of the settings that disagree; what an older version did not write down cannot."""
+    names = []
+    for key, value in stored.items():
+        other = config.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            names += _differing(value, other, f"{path}{key}.")
+        elif value != other:
+            names.append(path + key)
+    return names
+
+
 def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    stored = sorted(run.glob("step_*"))
-    for old in stored[: max(0, len(stored) - keep)]:
+    """Removes all but the newest `keep` checkpoints, and what a killed process left half-written.
+
+    Folders that are no checkpoints do not count: they must not push out one that is.
+    """
+    stored = _complete(run)
+    for old in (*stored[: max(0, len(stored) - keep)], *run.glob(".step_*.part")):
         shutil.rmtree(old, ignore_errors=True)

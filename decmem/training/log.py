@@ -15,17 +15,27 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from decmem.storage import atomic_file
+
 
 class TrainingLog:
-    """Writes `log.jsonl` (one line per report) and draws progress; silent unless `active`."""
+    """Writes `log.jsonl` (one line per report) and draws progress; silent unless `active`.
 
-    def __init__(self, run: Path, title: str, active: bool) -> None:
+    A run that goes on from `step`, after `spent` seconds, keeps what was written until then.
+    """
+
+    def __init__(
+        self, run: Path, title: str, active: bool, step: int = 0, spent: float = 0.0
+    ) -> None:
         self.active = active
-        self.started = time.monotonic()
+        self.started = time.monotonic() - spent
         if not active:
             return
         run.mkdir(parents=True, exist_ok=True)
-        self._file = (run / "log.jsonl").open("a", encoding="utf-8")
+        path = run / "log.jsonl"
+        if path.exists():
+            _drop_later(path, step)
+        self._file = path.open("a", encoding="utf-8")
         console = Console(stderr=True)
         self._bar = Progress(
             TextColumn(title),
@@ -63,3 +73,17 @@ class TrainingLog:
         if self.active:
             self._bar.stop()
             self._file.close()
+
+
+def _drop_later(path: Path, step: int) -> None:
+    """Removes the lines after `step`: those steps are made again, and would stand there twice."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a process that was killed may have written half a line
+            continue
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

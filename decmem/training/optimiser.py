@@ -31,8 +31,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose direction is orthogonalised, for matrices.
 
     torch.optim.Muon does one matrix at a time, some 2,500 kernel launches a step for this model;
-    here all matrices of one shape go through Newton-Schulz together. A parameter with more rows
-    than columns by a whole factor (fused q, k, v) counts as that many square matrices.
+    here all matrices of one shape go through Newton-Schulz together. A parameter three times as
+    tall as wide (fused q, k, v) counts as three square matrices.
 
     Args:
         params: 2D parameters. lr: step in units of spectral norm. momentum: Nesterov's.
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
             for i, p in enumerate(params):
                 by_shape[p.shape[0], p.shape[1]].append(i)
             for (rows, columns), members in by_shape.items():
-                parts = rows // columns if rows % columns == 0 and rows == 3 * columns else 1
+                parts = 3 if rows == 3 * columns else 1
                 stack = torch.stack([directions[i] for i in members])
                 turned = orthogonalise(stack.view(-1, rows // parts, columns)).view_as(stack)
                 scale = max(1.0, rows / parts / columns) ** 0.5
@@ -115,11 +115,16 @@ class Optimisers:
         """Restores what `state` gave."""
         for i, optimiser in enumerate(self.all):
             whole = optimiser.state_dict()
+            params = [p for group in optimiser.param_groups for p in group["params"]]
             entries: dict[int, dict[str, Tensor]] = defaultdict(dict)
             for name, value in flat.items():
                 which, index, key = name.split(".")
-                if int(which) == i:
-                    entries[int(index)][key] = value
+                if int(which) != i:
+                    continue
+                p = params[int(index)]
+                # In the layout of the parameter, as it was: fused AdamW refuses another.
+                alike = key != "step"
+                entries[int(index)][key] = torch.empty_like(p).copy_(value) if alike else value
             whole["state"] = dict(entries)
             optimiser.load_state_dict(whole)
 

@@ -30,6 +30,7 @@ from decmem.world.episode import Episode, render_episode
 from decmem.world.version import HELD_OUT_SEED_BASE
 
 Loaded = TypeVar("Loaded")
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 def train_codec(options: RunOptions) -> Path | None:
@@ -38,12 +39,17 @@ def train_codec(options: RunOptions) -> Path | None:
     try:
         config = _changed(experiment.codec_training, options)
         torch.manual_seed(options.seed)
-        codec = _on(place, experiment.build_codec())
+        codec = _on(place, _started_from(options.init, experiment.build_codec()))
         task = CodecTask(
             codec, config, experiment.model.size, place.device, options.seed, place.rank
         )
         budget = _budget(options, config.steps, config.warmup, decay_from=0.0)
-        made = {"stage": "codec", "training": to_plain(config)}
+        made = {
+            "stage": "codec",
+            "training": to_plain(config),
+            "codec": to_plain(experiment.codec),
+            "size": list(experiment.model.size),
+        }
         trainer = _trainer(options, task, place, run, budget, made, (config.lr, None))
         if not trainer.run(options.pause_after):
             return None
@@ -90,11 +96,12 @@ def train_memory(
                 "Give the codec of this preset",
             )
         codec = _on(place, codec)
+        experiment = dataclasses.replace(experiment, model=shape)
+        # Before the walks are rendered: what does not fit is told at once.
+        model = _started_from(options.init, experiment.build_model(options.seed)).to(place.device)
         cache = LatentCache(
             codec, config.walks, config.latents, shape.size, place.device, place.rank
         )
-        experiment = dataclasses.replace(experiment, model=shape)
-        model = experiment.build_model(options.seed).to(place.device)
         task = MemoryTask(model, cache, config, experiment.flow, options.seed, place.rank)
         budget = _budget(options, config.steps, config.warmup, config.decay_from)
         made = {
@@ -133,14 +140,19 @@ def _start(options: RunOptions, stage: str) -> tuple[Experiment, Place, Path]:
     for name in ("steps", "batch", "walks", "seconds", "rate"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name}", f"got {value:g}, expected more than 0", "Raise it")
+            problem = f"got {value:g}, expected a finite number above 0"
+            raise UserError(f"--{name}", problem, "Give such a number")
     for name in ("checkpoint_every", "pause_after"):
         value = getattr(options, name)
         if value is not None and not value >= 0:
             flag = "--" + name.replace("_", "-")
             raise UserError(flag, f"got {value:g}, expected 0 or more", "Raise it")
+    if abs(options.seed) >= 2**63:
+        raise UserError("--seed", f"{options.seed} has more than 64 bits", "Give a smaller one")
     experiment = preset(options.preset)
     run = options.out or Path("runs_out") / f"{options.preset}-{stage}"
+    if run.exists() and not run.is_dir():
+        raise UserError("--out", f"{run} is a file", "Give a folder")
     if not options.resume and latest_checkpoint(run) is not None:
         raise UserError(
             "--out", f"{run} holds a run already", "Add --resume, or choose another folder"
@@ -176,8 +188,6 @@ def _trainer(
     rates: tuple[float, float | None],
 ) -> Trainer:
     network = task.network
-    if options.init is not None:
-        _start_from(network, options.init)
     adam, muon = rates
     optimisers = Optimisers(
         network, adam * options.rate, None if muon is None else muon * options.rate
@@ -188,6 +198,7 @@ def _trainer(
         "seed": options.seed,
         "seconds": options.seconds,
         "rate": options.rate,
+        "init": None if options.init is None else options.init.name,
         "processes": place.world,
     }
     trainer = Trainer(task, optimisers, average, budget, place, run, config, made["stage"])
@@ -196,8 +207,13 @@ def _trainer(
     return trainer
 
 
-def _start_from(network: torch.nn.Module, path: Path) -> None:
-    """Loads weights to start from; gates, which a causal backbone has none of, may be missing."""
+def _started_from(path: Path | None, network: Network) -> Network:
+    """The network with the weights at `path`, or as it is.
+
+    Gates may be missing there: a causal backbone has none.
+    """
+    if path is None:
+        return network
     tensors, _ = _given(load_weights, path, "--init")
     gates = {name: p for name, p in network.state_dict().items() if ".memory.gate." in name}
     try:
@@ -206,6 +222,7 @@ def _start_from(network: torch.nn.Module, path: Path) -> None:
         raise UserError(
             "--init", f"{path} does not fit this preset", "Give weights of this preset"
         ) from error
+    return network
 
 
 def _given(load: Callable[[Path], Loaded], path: Path, flag: str) -> Loaded:

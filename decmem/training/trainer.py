@@ -106,10 +106,9 @@ class Trainer:
         if place.world > 1:
             ids = [place.device.index] if place.device.type == "cuda" else None
             task = DistributedDataParallel(self.task, device_ids=ids)
-        log = TrainingLog(self.run_folder, self.title, place.first)
+        started, before = time.monotonic(), self.spent
+        log = TrainingLog(self.run_folder, self.title, place.first, self.step, before)
         params = list(self.task.network.parameters())
-        started = time.monotonic()
-        before = self.spent
         reported, reported_step = started, self.step
         progress = self._progress()
         done = progress >= 1.0  # so is a finished run that is resumed
