@@ -195,6 +195,36 @@ def load_model(path: str | Path) -> WorldModel:
     return model.eval()
 
 
+def load_parts(
+    experiment: Experiment,
+    weights: str | Path | None,
+    codec_weights: str | Path | None,
+    device: str,
+) -> tuple[Autoencoder, WorldModel, dict[str, str]]:
+    """Codec and model on their device, and the SHA-256 of the `model` and the `codec`.
+
+    Without paths these are the weights shipped for the experiment.
+
+    Raises:
+        UserError: for an unknown device, and for weights that are missing, damaged or do not
+            belong together.
+    """
+    place = pick_device(device)
+    path = Path(weights) if weights else shipped_weights(experiment.name)
+    codec_path = codec_weights or shipped_weights(f"{experiment.name}-codec")
+    model = load_model(path).to(place)
+    codec = load_codec(codec_path).to(place)
+    if model.config.latent_channels != codec.latent_channels:
+        raise UserError(
+            "weights",
+            f"a model of {model.config.latent_channels} latent channels and a codec of "
+            f"{codec.latent_channels}",
+            "Give weights that were trained together",
+        )
+    codec = codec.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return codec, model, {"model": weights_sha256(path), "codec": weights_sha256(codec_path)}
+
+
 def _config_of(kind: type, metadata: dict[str, Any], key: str, path: str | Path) -> Any:
     if key not in metadata:
         raise UserError(
@@ -225,6 +255,7 @@ __all__ = [
     "from_plain",
     "load_codec",
     "load_model",
+    "load_parts",
     "pick_device",
     "shipped_weights",
     "to_plain",

@@ -3,9 +3,11 @@
 The only generation loop: command line, evaluation, training samples and the browser all call it.
 """
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +17,34 @@ from torch import Tensor
 from decmem import flow
 from decmem.codec import Codec, DecoderStream, EncoderStream
 from decmem.errors import UserError
-from decmem.experiment import load_codec, load_model, pick_device, shipped_weights, weights_sha256
-from decmem.memory import Bank, Recall
+from decmem.experiment import load_parts
+from decmem.history import History
+from decmem.memory import Bank, Lens, Recall
 from decmem.model import Conditions, WorldModel
 from decmem.model.conditioning import (
     FRAMES_PER_LATENT,
-    camera_centres,
     conditions_of_frames,
     normalised_lens,
 )
+from decmem.observation import (
+    check_counts,
+    check_frames,
+    check_settings,
+    checked_seeds,
+    continued,
+    per_world,
+    slices_of,
+    valid_actions,
+    valid_poses,
+)
 from decmem.presets import preset
 from decmem.sampler import Sampler
-from decmem.world.actions import validate_actions
-from decmem.world.kinematics import check_rigid, integrate
+from decmem.saved_world import SavedWorld, load_world, save_world
+from decmem.world.actions import A
+from decmem.world.camera import intrinsics as default_intrinsics
+from decmem.world.camera import look
+
+_SETTINGS = ("steps", "guidance", "chunk", "retrieved", "global_memory")
 
 
 class Session:
@@ -39,7 +56,12 @@ class Session:
         chunk: most latents generated together (one of the sizes the model was trained with).
         batch: worlds. seeds: one noise seed per world; a world's noise depends on its seed and
             the latent's index alone, so neither company nor rewinding changes it.
+        retrieved: k, blocks the global memory reads; None takes the trained one.
         dtype: of activations and bank; fp32 on a CPU, bf16 on a GPU where None.
+        sha256, codec_sha256: of the weights' files, for what is saved.
+
+    Settings (`steps`, `guidance`, `chunk`, `retrieved`, `global_memory`, `lens`) are attributes
+    and may change between steps. With `lens` on, `seen` holds what the last chunk read.
 
     Raises:
         UserError: for settings that do not fit the model.
@@ -59,28 +81,25 @@ class Session:
         seeds: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         sha256: str | None = None,
+        codec_sha256: str | None = None,
     ) -> None:
         self.codec = codec
         self.model = model
         self.config = model.config
         self.device = model.head.weight.device
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.times = flow.sampling_times(flow_config or flow.FlowConfig(), steps)
+        self.flow = flow_config or flow.FlowConfig()
         self.steps = steps
         self.guidance = guidance
-        sizes = self.config.chunk_sizes
         self.chunk = chunk or self.config.chunk
-        if self.chunk not in sizes:
-            raise UserError(
-                "chunk", f"{self.chunk} latents, trained with {sizes}", "Use one of these"
-            )
-        self.batch = batch
-        self.seeds = list(seeds if seeds is not None else range(batch))
-        if len(self.seeds) != batch:
-            raise UserError("seeds", f"{len(self.seeds)} for {batch} worlds", "Give one per world")
         self.retrieved = retrieved
         self.global_memory = True
+        self.lens = False
+        self.batch = batch
+        self.seeds = checked_seeds(range(batch) if seeds is None else seeds, batch)
         self.weights_sha256 = sha256
+        self.codec_sha256 = codec_sha256
+        self._check_settings()
         self.reset()
 
     @classmethod
@@ -105,19 +124,7 @@ class Session:
             UserError: for an unknown preset or device, and missing or damaged weights.
         """
         experiment = preset(preset_name)
-        place = pick_device(device)
-        path = Path(weights) if weights else shipped_weights(experiment.name)
-        codec_path = codec_weights or shipped_weights(f"{experiment.name}-codec")
-        model = load_model(path).to(place)
-        codec = load_codec(codec_path).to(place)
-        if model.config.latent_channels != codec.latent_channels:
-            raise UserError(
-                "weights",
-                f"a model of {model.config.latent_channels} latent channels and a codec of "
-                f"{codec.latent_channels}",
-                "Give weights that were trained together",
-            )
-        codec = codec.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        codec, model, sums = load_parts(experiment, weights, codec_weights, device)
         sampler = experiment.sampler
         return cls(
             codec,
@@ -130,23 +137,40 @@ class Session:
             batch=batch,
             seeds=seeds,
             dtype=dtype,
-            sha256=weights_sha256(path),
+            sha256=sums["model"],
+            codec_sha256=sums["codec"],
         )
 
     def reset(self) -> None:
         """Forgets the world."""
-        self.bank: Bank | None = None
-        self.conditions: Conditions | None = None
-        self.latents: Tensor | None = None
-        self.frames = 0
+        self.history = History()
+        self.seen: Lens | None = None
         self.timings = {"encode": 0.0, "prefill": 0.0, "rollout": 0.0, "decode": 0.0}
-        self._encoder = EncoderStream()
-        self._decoder = DecoderStream()
 
     @property
     def length(self) -> int:
         """Latents so far."""
-        return 0 if self.bank is None else self.bank.length
+        return self.history.length
+
+    @property
+    def frames(self) -> int:
+        """Frames so far: the first latent stands for one, every other for four."""
+        return max(0, FRAMES_PER_LATENT * (self.length - 1) + 1)
+
+    @property
+    def bank(self) -> Bank | None:
+        """Keys and values of all latents; None before the first observation."""
+        return self.history.bank
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """What steered the latents so far."""
+        return self.history.conditions
+
+    @property
+    def latents(self) -> Float[Tensor, "B T C h w"] | None:
+        """All latents so far, observed and dreamed."""
+        return self.history.latents
 
     @torch.no_grad()
     def observe(
@@ -165,7 +189,7 @@ class Session:
             UserError: for counts, sizes, poses or actions that do not fit.
         """
         shown, acted, posed, lenses = (
-            self._batched(x, dims, name)
+            per_world(x, dims, name, self.batch)
             for x, dims, name in (
                 (frames, 4, "frames"),
                 (actions, 2, "actions"),
@@ -173,38 +197,37 @@ class Session:
                 (intrinsics, 3, "intrinsics"),
             )
         )
-        F = shown.shape[1]
-        first = self.length == 0
-        if (F - first) % FRAMES_PER_LATENT or F == 0:
-            form = "1 + 4n" if first else "4n"
-            raise UserError("frames", f"{F} frames, expected {form}", "Drop the oldest ones")
-        if shown.dtype != np.uint8:
-            raise UserError("frames", f"numbers of type {shown.dtype}", "Give uint8 RGB")
-        if shown.shape[2:4] != self.config.size:
-            raise UserError(
-                "frames",
-                f"pictures of {shown.shape[2]} x {shown.shape[3]}, the model makes "
-                f"{self.config.size[0]} x {self.config.size[1]}",
-                "Resize them (decmem rollout does)",
-            )
-        for name, x in (("actions", acted), ("world_to_camera", posed), ("intrinsics", lenses)):
-            if x.shape[1] != F:
-                raise UserError(name, f"{x.shape[1]} for {F} frames", "Give one per frame")
-        acted, posed = _valid_actions(acted), _valid_poses(posed)
+        check_frames(shown, self.config.size, self.length == 0)
+        check_counts(shown, actions=acted, world_to_camera=posed, intrinsics=lenses)
+        acted, posed = valid_actions(acted), valid_poses(posed)
         started = time.perf_counter()
-        latents = self.codec.encode(torch.from_numpy(shown), self._encoder).to(self.device)
-        # The decoder's context is the latent before, whether it was seen or dreamed.
-        self._decoder.previous = latents[:, -1:].clone()
+        # Whole latents were seen so far, so nothing of the encoder's is pending.
+        stream = EncoderStream(started=self.length > 0)
+        latents = self.codec.encode(torch.from_numpy(shown), stream).to(self.device)
         self._clock("encode", started)
         started = time.perf_counter()
         lens = normalised_lens(torch.from_numpy(lenses), self.config.size)
         conditions = self._conditions(acted, posed, lens)
-        if self.bank is None:
-            anchor = camera_centres(conditions.cameras[:, -1]).cpu()
-            self.bank = self.model.new_bank(anchor, self.dtype)
-        self.sampler.write(self.bank, latents, conditions)
-        self._remember(latents, conditions, F)
+        self.history.write(self.sampler, latents, conditions)
         self._clock("prefill", started)
+
+    def observe_picture(
+        self,
+        picture: UInt8[np.ndarray, "H W 3"],
+        world_to_camera: Float[np.ndarray, "4 4"] | None = None,
+        intrinsics: Float[np.ndarray, "3 3"] | None = None,
+    ) -> None:
+        """Begins from a single picture, by default seen level at eye height with a lens of 70
+        degrees, as block worlds are.
+
+        Raises:
+            UserError: when something is known already, or as `observe`.
+        """
+        if self.length:
+            raise UserError("picture", "a world has begun already", "Call reset first")
+        pose = look((0.0, 1.62, 0.0), 0.0, 0.0) if world_to_camera is None else world_to_camera
+        lens = default_intrinsics(self.config.size) if intrinsics is None else intrinsics
+        self.observe(picture[None], np.zeros((1, A), np.float32), pose[None], lens[None])
 
     @torch.no_grad()
     def step(
@@ -221,30 +244,32 @@ class Session:
         """
         if self.bank is None or self.conditions is None:
             raise UserError("step", "nothing was observed yet", "Call observe first")
-        acted = _valid_actions(self._batched(actions, 2, "actions"))
+        self._check_settings()
+        acted = valid_actions(per_world(actions, 2, "actions", self.batch))
         F = acted.shape[1]
         if F == 0 or F % FRAMES_PER_LATENT:
             raise UserError("actions", f"{F} actions, expected a multiple of 4", "Pad with no-ops")
         if world_to_camera is None:
             last = self.conditions.world_to_camera[:, -1, -1].cpu().numpy()
-            posed = np.stack([_continued(p, a) for p, a in zip(last, acted, strict=True)])
+            posed = np.stack([continued(p, a) for p, a in zip(last, acted, strict=True)])
         else:
-            posed = _valid_poses(self._batched(world_to_camera, 3, "world_to_camera"))
+            posed = valid_poses(per_world(world_to_camera, 3, "world_to_camera", self.batch))
         if posed.shape[1] != F:
             raise UserError("world_to_camera", f"{posed.shape[1]} for {F} actions", "Give one each")
         lens = self.conditions.lens[:, -1:].cpu().expand(-1, F, -1)
         conditions = self._conditions(acted, posed, lens)
         made = []
-        for chunk in self._chunks(F // FRAMES_PER_LATENT):
+        for chunk in slices_of(F // FRAMES_PER_LATENT, self.config.chunk_sizes, self.chunk):
             started = time.perf_counter()
             steering = conditions[chunk]
             noise = self.sampler.noise(self.seeds, steering.time.tolist())
-            latents = self.sampler.generate(self.bank, steering, noise)
-            self.sampler.write(self.bank, latents, steering)
-            self._remember(latents, steering, FRAMES_PER_LATENT * latents.shape[1])
+            self.seen = Lens() if self.lens else None
+            latents = self.sampler.generate(self.bank, steering, noise, self.seen)
+            stream = self._decoder_stream()
+            self.history.write(self.sampler, latents, steering)
             self._clock("rollout", started)
             started = time.perf_counter()
-            made.append(self.codec.decode(latents, self._decoder).cpu())
+            made.append(self.codec.decode(latents, stream).cpu())
             self._clock("decode", started)
         frames = torch.cat(made, dim=1).numpy()
         return frames[0] if np.ndim(actions) == 2 else frames
@@ -253,7 +278,7 @@ class Session:
         self, frames: UInt8[np.ndarray, "*batch F H W 3"]
     ) -> UInt8[np.ndarray, "*batch F H W 3"]:
         """Whole clips through the codec and back: the best any model on it could do."""
-        clips = torch.from_numpy(self._batched(frames, 4, "frames"))
+        clips = torch.from_numpy(per_world(frames, 4, "frames", self.batch))
         coded = self.codec.decode(self.codec.encode(clips)).cpu().numpy()
         return coded[0] if frames.ndim == 4 else coded
 
@@ -264,67 +289,112 @@ class Session:
         reach = self.config.reading.reach
         self.bank.swap_history(torch.tensor(order), min(reach.window or 0, self.length))
 
+    @torch.no_grad()
+    def rewind(self, latents: int) -> None:
+        """The worlds as they were when this many latents were known.
+
+        The same actions lead on to the same frames.
+
+        Raises:
+            UserError: for a number of latents that never were.
+        """
+        self.history.rewind(self.sampler, latents)
+        self.seen = None
+
+    def fork(self) -> "Session":
+        """An independent copy that shares the model: both go on from here, each its own way."""
+        twin = self.fresh()
+        twin.history = self.history.fork()
+        twin.timings = dict(self.timings)
+        return twin
+
+    def fresh(self, seeds: Sequence[int] | None = None) -> "Session":
+        """An empty session with the same parts and settings; other noise seeds where given.
+
+        Raises:
+            UserError: for another number of seeds.
+        """
+        twin = copy.copy(self)
+        twin.seeds = checked_seeds(self.seeds if seeds is None else seeds, self.batch)
+        twin.reset()
+        return twin
+
+    def snapshot(self, provenance: dict[str, Any] | None = None) -> SavedWorld:
+        """All that is needed to go on from here later; keys and values are left out.
+
+        Raises:
+            UserError: before any observation.
+        """
+        if self.latents is None or self.conditions is None:
+            raise UserError("world", "nothing was observed yet", "Call observe first")
+        return SavedWorld(
+            self.latents,
+            self.conditions,
+            tuple(self.history.written),
+            tuple(self.seeds),
+            {name: getattr(self, name) for name in _SETTINGS},
+            self.weights_sha256,
+            self.codec_sha256,
+            provenance or {},
+        )
+
+    def save(self, path: str | Path, provenance: dict[str, Any] | None = None) -> None:
+        """Writes a `.world` file that `load` goes on from.
+
+        Raises:
+            UserError: before any observation, and where the place cannot be written.
+        """
+        save_world(path, self.snapshot(provenance))
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Takes up a saved world, its settings included; gives back its provenance.
+
+        Raises:
+            UserError: for a file that cannot be read or does not fit this session's model.
+        """
+        saved = load_world(path)
+        for _ in self.restore(saved):
+            pass
+        return saved.provenance
+
+    @torch.no_grad()
+    def restore(self, saved: SavedWorld) -> Iterator[int]:
+        """Becomes the saved world by the write passes that made it; yields the latents so far.
+
+        Raises:
+            UserError: for a world that does not fit this session's model.
+        """
+        shape = (self.batch, saved.length, self.config.latent_channels, *self.config.latent_size)
+        saved.check_fit(shape, self.weights_sha256, self.codec_sha256)
+        for name, value in saved.settings.items():
+            if name in _SETTINGS:
+                setattr(self, name, value)
+        self._check_settings()
+        self.seeds = list(saved.seeds)
+        self.seen = None
+        yield from self.history.rebuild(self.sampler, saved)
+
     @property
     def sampler(self) -> Sampler:
         """The model with the session's present settings."""
         recall = Recall(self.global_memory, self.retrieved)
-        return Sampler(self.model, self.times, self.guidance, self.dtype, recall)
+        times = flow.sampling_times(self.flow, self.steps)
+        return Sampler(self.model, times, self.guidance, self.dtype, recall)
 
-    def _chunks(self, latents: int) -> list[slice]:
-        """Slices of the largest trained chunk sizes that fit."""
-        sizes = sorted((s for s in self.config.chunk_sizes if s <= self.chunk), reverse=True)
-        found, start = [], 0
-        while start < latents:
-            size = next((s for s in sizes if s <= latents - start), None)
-            if size is None:
-                raise UserError(
-                    "actions",
-                    f"{latents - start} latents are left, chunks have {sizes}",
-                    f"Give a multiple of {4 * sizes[-1]} actions",
-                )
-            found.append(slice(start, start + size))
-            start += size
-        return found
+    def _check_settings(self) -> None:
+        check_settings(
+            self.config.chunk_sizes, self.chunk, self.steps, self.retrieved, self.guidance
+        )
+
+    def _decoder_stream(self) -> DecoderStream:
+        """The decoder's context is the latent before, whether it was seen or dreamed."""
+        return DecoderStream(None if self.latents is None else self.latents[:, -1:])
 
     def _conditions(self, actions: np.ndarray, poses: np.ndarray, lens: Tensor) -> Conditions:
         acted, posed = torch.from_numpy(actions), torch.from_numpy(poses)
         return conditions_of_frames(acted, posed, lens, self.length).to(self.device)
 
-    def _remember(self, latents: Tensor, conditions: Conditions, frames: int) -> None:
-        self.frames += frames
-        if self.latents is None or self.conditions is None:
-            self.latents, self.conditions = latents, conditions
-            return
-        self.latents = torch.cat((self.latents, latents), 1)
-        self.conditions = self.conditions.then(conditions)
-
-    def _batched(self, x: np.ndarray, dims: int, name: str) -> np.ndarray:
-        x = np.asarray(x)
-        x = x[None] if x.ndim == dims else x
-        if x.ndim != dims + 1 or len(x) != self.batch:
-            raise UserError(
-                name,
-                f"shape {x.shape} for {self.batch} worlds",
-                f"Give {dims} dimensions for one world, or the worlds stacked in front",
-            )
-        return x
-
     def _clock(self, name: str, started: float) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.timings[name] += time.perf_counter() - started
-
-
-def _valid_actions(actions: np.ndarray) -> np.ndarray:
-    return np.stack([validate_actions(world) for world in actions.astype(np.float32)])
-
-
-def _valid_poses(world_to_camera: np.ndarray) -> np.ndarray:
-    check_rigid(poses := world_to_camera.astype(np.float64))
-    return poses
-
-
-def _continued(last: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Poses after `last` under these actions (motion's own first row is the start itself)."""
-    padded = np.concatenate((np.zeros_like(actions[:1]), actions))
-    return integrate(last, padded)[1:]

@@ -1,14 +1,14 @@
 """The sampler: denoises a chunk behind a bank, and writes clean chunks into it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from decmem import flow
-from decmem.memory import Bank, Recall, bank_plan
+from decmem.memory import Bank, Lens, Recall, bank_plan
 from decmem.model import Conditions, WorldModel
 from decmem.model.conditioning import camera_centres
 
@@ -34,6 +34,18 @@ class Sampler:
     def device(self) -> torch.device:
         return self.model.head.weight.device
 
+    @property
+    def write_chunk(self) -> int:
+        """Latents that see each other in the write pass."""
+        return self.model.config.reading.reach.write_chunk or self.model.config.chunk
+
+    @property
+    def piece(self) -> int:
+        """Latents of one parallel write pass: whole chunks, for one that was cut in two would
+        see less of itself."""
+        chunk = self.write_chunk
+        return max(1, (64 if self.device.type == "cuda" else 16) // chunk) * chunk
+
     def noise(self, seeds: Sequence[int], index: Sequence[int]) -> Float[Tensor, "B T C h w"]:
         """The noise of these latents in these worlds: a function of seed and index alone."""
         config = self.model.config
@@ -47,9 +59,16 @@ class Sampler:
         return torch.stack(worlds).to(self.device)
 
     def generate(
-        self, bank: Bank, conditions: Conditions, noise: Float[Tensor, "B T C h w"]
+        self,
+        bank: Bank,
+        conditions: Conditions,
+        noise: Float[Tensor, "B T C h w"],
+        lens: Lens | None = None,
     ) -> Float[Tensor, "B T C h w"]:
-        """Denoises one chunk behind the history; nothing is committed."""
+        """Denoises one chunk behind the history; nothing is committed.
+
+        A `lens` watches the last step, where the picture is all but there.
+        """
         self._keep_near(bank, conditions)
         B, T = noise.shape[:2]
         plan = bank_plan(self.model.config.reading.reach, bank.length, T, T)
@@ -62,7 +81,9 @@ class Sampler:
         def velocity(z: Tensor, t: float) -> Tensor:
             at = torch.full((B, T), t, device=self.device)
             z = z.to(self.dtype)
-            v = self.model(z, at, steered, plan, bank, self.recall)
+            watched = lens is not None and t == self.times[-2]
+            recall = replace(self.recall, lens=lens) if watched else self.recall
+            v = self.model(z, at, steered, plan, bank, recall)
             if free is None or self.guidance is None:
                 return v
             return flow.guide(v, self.model(z, at, free, plan, bank, self.recall), self.guidance)
@@ -76,12 +97,9 @@ class Sampler:
 
         Many latents go in pieces, each a parallel pass: the same bank in bounded working memory.
         """
-        reach = self.model.config.reading.reach
-        chunk = reach.write_chunk or self.model.config.chunk
-        # Whole chunks: one that was cut in two would see less of itself.
-        piece = max(1, (64 if self.device.type == "cuda" else 16) // chunk) * chunk
-        for start in range(0, latents.shape[1], piece):
-            part = slice(start, start + piece)
+        reach, chunk = self.model.config.reading.reach, self.write_chunk
+        for start in range(0, latents.shape[1], self.piece):
+            part = slice(start, start + self.piece)
             clean, known = latents[:, part].to(self.dtype), conditions[part]
             B, T = clean.shape[:2]
             plan = bank_plan(reach, bank.length, T, chunk)

@@ -7,6 +7,7 @@ from decmem.memory.bank import Bank
 from decmem.memory.base import Memory, MemoryConfig, Reading, Recall
 from decmem.memory.decoupled import DecoupledMemory
 from decmem.memory.layout import TokenLayout
+from decmem.memory.lens import Lens
 from decmem.memory.plan import Plan, Reach, bank_plan, training_plan
 from decmem.memory.position import PositionConfig
 from decmem.memory.windowed import WindowMemory
@@ -23,6 +24,7 @@ __all__ = [
     "MEMORIES",
     "Bank",
     "DecoupledMemory",
+    "Lens",
     "Memory",
     "MemoryConfig",
     "MemoryName",

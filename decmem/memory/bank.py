@@ -106,6 +106,12 @@ class Bank:
         stored = 2 * H * S * D * one.keys.element_size()
         return len(self.layers) * (stored + H * self.layout.M * D * one.pooled.element_size())
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all arenas, spare room included."""
+        arenas = (t for one in self.layers for t in (one.keys, one.values, one.pooled))
+        return sum(t.numel() * t.element_size() for t in arenas)
+
     def commit(
         self,
         world_to_camera: Float[Tensor, "B T 4 4"],

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from decmem.memory.bank import LayerBank
 from decmem.memory.layout import TokenLayout
+from decmem.memory.lens import Lens
 from decmem.memory.plan import Plan, Reach
 from decmem.memory.position import (
     Position,
@@ -43,10 +44,12 @@ class Recall:
     Args:
         global_memory: False switches the global branch off (a control).
         retrieved: k for this pass; None takes the trained one.
+        lens: watches what is read; None costs nothing.
     """
 
     global_memory: bool = True
     retrieved: int | None = None
+    lens: Lens | None = None
 
 
 @dataclass

@@ -38,6 +38,11 @@ class DecoupledMemory(Memory):
             pooled = self.sparse_global.pool(k[:, :, : candidates.shape[1] // self.layout.M])
         else:
             pooled = reading.bank.pooled[:, :, : candidates.shape[1]]
-        o_sgm = self.sparse_global(q, k, v, pooled, candidates, reading.recall.retrieved)
+        lists = self.sparse_global.retrieve(q, pooled, candidates, reading.recall.retrieved)
+        o_sgm = self.sparse_global(q, k, v, lists)
         # Equation 3, after R_cs: the gate sees both branches in the frame of the present.
-        return self.decode(reading, o_alm) + self.gate_values(reading) * self.decode(reading, o_sgm)
+        local = self.decode(reading, o_alm)
+        gated = self.gate_values(reading) * self.decode(reading, o_sgm)
+        if reading.recall.lens is not None:
+            reading.recall.lens.watch(self.layout, lists, local, gated)
+        return local + gated

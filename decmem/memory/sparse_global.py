@@ -63,12 +63,9 @@ class SparseGlobalMemory(nn.Module):
         q: Float[Tensor, "B H T S D"],
         k: Float[Tensor, "B H pool S D"],
         v: Float[Tensor, "B H pool S D"],
-        pooled_keys: Float[Tensor, "B H Nk D"],
-        candidates: Bool[Tensor, "Nq Nk"],
-        retrieved: int | None = None,
+        lists: Int[Tensor, "B G Nq K"],
     ) -> Float[Tensor, "B H T S D"]:
-        """o_sgm. Blocks without any candidate (the very first chunk) read zeros."""
-        lists = self.retrieve(q, pooled_keys, candidates, retrieved)
+        """o_sgm over the retrieved lists. Empty lists (the very first chunk) read zeros."""
         out = block_sparse_attention(
             self.blocks(q),
             self.blocks(k),
