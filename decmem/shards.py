@@ -70,6 +70,7 @@ def save_weights(
             head["decmem"] = json.dumps(metadata)
         with atomic_file(file) as temporary:
             save_file(shard, temporary, metadata=head)
+            temporary.chmod(0o644)  # safetensors leaves a file that only its owner may read
         files.append(file)
     # A set of another size that lay here before would be read in place of this one.
     for stale in {path, *_parts(path)} - set(files):
