@@ -1,0 +1,110 @@
+// The WebSocket: says hello, hands out messages by type, and comes back with its token.
+
+import { openPacket } from "./packet.js";
+
+const TOKEN = "decmem.session";
+const FIRST_DELAY = 400;
+const LONGEST_DELAY = 8000;
+
+export class Connection {
+  #listeners = new Map();
+  #socket = null;
+  #attempt = 0;
+  #timer = null;
+  #finished = false;
+
+  constructor(url) {
+    this.url = url;
+    this.token = this.#remembered();
+    // A browser notices a dead network late; the system tells at once.
+    addEventListener("offline", () => this.#socket?.close());
+    addEventListener("online", () => this.retry());
+  }
+
+  on(type, listener) {
+    this.#listeners.set(type, [...(this.#listeners.get(type) ?? []), listener]);
+    return this;
+  }
+
+  get open() {
+    return this.#socket?.readyState === WebSocket.OPEN;
+  }
+
+  connect() {
+    clearTimeout(this.#timer);
+    this.#finished = false;
+    const socket = new WebSocket(this.url);
+    socket.binaryType = "arraybuffer";
+    this.#socket = socket;
+    socket.addEventListener("open", () => {
+      this.send({ type: "hello", version: 1, session: this.token });
+    });
+    socket.addEventListener("message", ({ data }) => {
+      if (socket === this.#socket) this.#receive(data);
+    });
+    socket.addEventListener("close", () => {
+      if (socket !== this.#socket) return;
+      this.#socket = null;
+      if (!this.#finished) this.#wait();
+    });
+  }
+
+  /** Tries again now instead of at the end of the pause. */
+  retry() {
+    if (!this.#socket) this.connect();
+  }
+
+  send(message) {
+    if (this.open) this.#socket.send(JSON.stringify(message));
+  }
+
+  #receive(data) {
+    if (data instanceof ArrayBuffer) {
+      const { header, pictures } = openPacket(data);
+      this.#emit(header.type, header, pictures);
+      return;
+    }
+    const message = JSON.parse(data);
+    if (message.type === "hello") {
+      this.#attempt = 0;
+      message.resumed = this.token !== null && this.token === message.session;
+      message.lost = this.token !== null && !message.resumed;
+      this.#remember(message.session);
+    }
+    if (message.type === "bye") {
+      this.#finished = true;
+      this.#remember(null);
+    }
+    this.#emit(message.type, message);
+  }
+
+  #emit(type, ...values) {
+    for (const listener of this.#listeners.get(type) ?? []) listener(...values);
+  }
+
+  #wait() {
+    const delay = Math.min(FIRST_DELAY * 2 ** this.#attempt, LONGEST_DELAY);
+    this.#attempt += 1;
+    this.#emit("lost", { attempt: this.#attempt, delay });
+    this.#timer = setTimeout(() => this.connect(), delay);
+  }
+
+  // The token lives as long as the tab: a reload takes up the same world.
+  #remembered() {
+    try {
+      return sessionStorage.getItem(TOKEN);
+    } catch {
+      return null;
+    }
+  }
+
+  #remember(token) {
+    this.token = token;
+    try {
+      if (token) sessionStorage.setItem(TOKEN, token);
+      else sessionStorage.removeItem(TOKEN);
+    } catch {
+      // without storage only a reload loses the world
+    }
+  }
+}
