@@ -70,8 +70,7 @@ def whole_latents(episode: Episode, frames_per_latent: int = 4) -> Episode:
             spare,
         )
     actions = episode.actions[spare:].copy()
-    if spare:
-        actions[0] = 0  # what led to a first frame is a no-op
+    actions[0] = 0  # what led to a first frame is a no-op, also in a track cut from a longer one
     return Episode(
         frames=episode.frames[spare:],
         world_to_camera=episode.world_to_camera[spare:],

@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from decmem.world.episode import Episode
 from decmem.world.kinematics import check_rigid
 
 TRACK_SCHEMA = "decmem-track/1"
+
+# What reading a broken archive may raise; zipfile meets odd flags with RuntimeErrors.
+_DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,7 @@ def load_track(path: str | Path, argument: str = "track") -> TrackFile:
     Raises `UserError` naming `argument` if the file is missing, damaged or of another schema, if
     counts disagree, a pose is not rigid or an action is out of range.
     """
-    try:
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise UserError(argument, f"no file {path}", "give the path of a track (.npz)") from error
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        cure = "write it again, without pickled objects"
-        raise UserError(argument, f"{path} is not a readable npz file", cure) from error
+    arrays = _arrays(path, argument)
     needed = ("schema", "fps", "size", "world_to_camera", "intrinsics")
     missing = [name for name in needed if name not in arrays]
     if missing:
@@ -88,13 +85,20 @@ def load_track(path: str | Path, argument: str = "track") -> TrackFile:
     if schema != TRACK_SCHEMA:
         cure = "convert the file or update decmem"
         raise UserError(argument, f"schema '{schema}', expected '{TRACK_SCHEMA}'", cure)
-    poses = arrays["world_to_camera"].astype(np.float64)
+    numbers = ("fps", "size", "world_to_camera", "intrinsics")
+    for name in (*numbers, "depth") if "depth" in arrays else numbers:
+        if arrays[name].dtype.kind not in "iuf":
+            raise UserError(argument, f"{name} is not made of numbers", "write it as numbers")
+    poses = np.atleast_1d(arrays["world_to_camera"]).astype(np.float64)
     count = len(poses)
-    shapes = {"world_to_camera": (count, 4, 4), "intrinsics": (count, 3, 3), "size": (2,)}
+    shapes = {
+        "world_to_camera": (count, 4, 4), "intrinsics": (count, 3, 3), "size": (2,), "fps": ()
+    }  # fmt: skip
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             problem = f"{name} has shape {arrays[name].shape}, expected {shape}"
-            raise UserError(argument, problem, "give one entry per frame")
+            cure = "give one entry per frame" if len(shape) > 1 else "give height and width"
+            raise UserError(argument, problem, cure if shape else "give one number")
     check_rigid(poses, argument)
     actions = None
     if "actions" in arrays:
@@ -114,5 +118,31 @@ def load_track(path: str | Path, argument: str = "track") -> TrackFile:
         fps=float(arrays["fps"]),
         size=(height, width),
         depth=arrays["depth"].astype(np.float32) if "depth" in arrays else None,
-        provenance=json.loads(str(arrays["provenance"])) if "provenance" in arrays else {},
+        provenance=_provenance(arrays, argument),
     )
+
+
+def _arrays(path: str | Path, argument: str) -> dict[str, np.ndarray]:
+    """What an npz file holds."""
+    try:
+        with Path(path).open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise UserError(argument, f"no file {path}", "give the path of a track (.npz)") from error
+    except _DAMAGE as error:
+        cure = "write it again, without pickled objects"
+        raise UserError(argument, f"{path} is not a readable npz file", cure) from error
+
+
+def _provenance(arrays: dict[str, np.ndarray], argument: str) -> dict[str, Any]:
+    """What made the track, where it says so."""
+    try:
+        found = json.loads(str(arrays.get("provenance", "{}")))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(argument, "provenance is not a JSON object", "leave it out or mend it")
+    return found
