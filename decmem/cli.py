@@ -12,6 +12,7 @@ from decmem import __version__
 from decmem.commands import Command
 from decmem.commands.demo import Demo
 from decmem.commands.eval import Evaluate
+from decmem.commands.play import Play
 from decmem.commands.rollout import RollOut
 from decmem.commands.train import TrainCausal, TrainCodec, TrainMemory
 from decmem.commands.world import RenderWorld
@@ -22,6 +23,7 @@ from decmem.storage import place_error
 COMMANDS: dict[str, Callable[..., Command]] = {
     "demo": Demo,
     "eval": Evaluate,
+    "play": Play,
     "rollout": RollOut,
     "train causal": TrainCausal,
     "train codec": TrainCodec,

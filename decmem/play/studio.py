@@ -1,0 +1,105 @@
+"""What all sessions of a server share: the model, its worker thread, and the bounds."""
+
+import asyncio
+import platform
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from decmem.play.defaults import PACES, Bounds, Pace
+from decmem.play.journey import Journey
+from decmem.rollout import Session
+
+Result = TypeVar("Result")
+
+
+class Studio:
+    """One model, loaded once.
+
+    Args:
+        session: opened with the weights all worlds share. preset: its name. bounds: of the server.
+
+    Model work runs in one thread, a piece of one world after a piece of another, in the order
+    they ask: the event loop never waits for it, and nobody starves.
+    """
+
+    def __init__(self, session: Session, preset: str, bounds: Bounds, pace: Pace) -> None:
+        self.session = session
+        self.preset = preset
+        self.bounds = bounds
+        self.pace = pace
+        # The start every new guest is given: the fields of a `start`, or a file of the server's.
+        self.opening: dict[str, Any] | None = None
+        self.worker = ThreadPoolExecutor(1, "model")
+
+    @classmethod
+    def open(
+        cls,
+        preset: str,
+        weights: Path | None,
+        codec_weights: Path | None,
+        device: str,
+        steps: int | None,
+        bounds: Bounds,
+    ) -> "Studio":
+        """Loads the model. Raises `UserError` as `Session.open` does."""
+        session = Session.open(preset, weights, codec_weights, device=device)
+        pace = PACES["cuda" if session.device.type == "cuda" else "cpu"]
+        session.steps = pace.steps if steps is None else steps
+        sizes = session.config.chunk_sizes
+        session.chunk = pace.chunk if pace.chunk in sizes else min(sizes)
+        _ = session.sampler  # the steps are checked here
+        return cls(session, preset, bounds, pace)
+
+    def journey(self, noise_seed: int) -> Journey:
+        """A new world, empty."""
+        return Journey(self.session.fresh([noise_seed]), self.pace)
+
+    async def work(self, piece: Callable[..., Result], *given: Any) -> Result:
+        """Runs model work in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.worker, piece, *given)
+
+    async def advance(self, pieces: Iterator[Result]) -> Result | None:
+        """The next piece of longer work; None when it is done."""
+        return await self.work(next, pieces, None)
+
+    @property
+    def max_k(self) -> int:
+        """Most blocks a client may ask to be retrieved."""
+        return max(64, 4 * self.session.config.reading.retrieved)
+
+    @property
+    def machine(self) -> str:
+        """The device, for people."""
+        if self.session.device.type == "cuda":
+            return torch.cuda.get_device_name(self.session.device)
+        return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+    def introduction(self) -> dict[str, Any]:
+        """The part of `hello` that is the same for everybody."""
+        session, bounds = self.session, self.bounds
+        config = session.config
+        return {
+            "preset": self.preset,
+            "size": list(config.size),
+            "fps": 10,
+            "layers": config.layers,
+            "blocks": list(config.blocks),
+            "latent_frames": 4,
+            "max_k": self.max_k,
+            "chunk_sizes": list(config.chunk_sizes),
+            "limits": {
+                "upload_bytes": bounds.uploads,
+                "messages_per_second": bounds.messages_per_second,
+                "message_bytes": bounds.message_bytes,
+            },
+            "machine": self.machine,
+            "weights": (session.weights_sha256 or "")[:12],
+        }
+
+    def close(self) -> None:
+        """Ends the worker."""
+        self.worker.shutdown(wait=False, cancel_futures=True)
