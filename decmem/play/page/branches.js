@@ -16,11 +16,11 @@ export class Branches {
     return this.#walks.get(this.#current);
   }
 
-  /** A new world: only what memory saw is known. */
-  begin(trail, latents) {
+  /** A new world: `first` latents were watched, whatever follows was dreamt. */
+  begin(trail, latents, first) {
     const walk = new Walk();
-    walk.memory = trail;
-    walk.latents = latents;
+    walk.memory = trail.slice(0, first);
+    walk.follow(trail, latents);
     this.#walks = new Map([[null, walk]]);
     this.#current = null;
     this.select.replaceChildren(new Option("main", ""));

@@ -2,7 +2,7 @@
 
 import { openPacket } from "./packet.js";
 
-const TOKEN = "decmem.session";
+const NORMAL = 1000;
 const FIRST_DELAY = 400;
 const LONGEST_DELAY = 8000;
 
@@ -15,7 +15,7 @@ export class Connection {
 
   constructor(url) {
     this.url = url;
-    this.token = this.#remembered();
+    this.token = this.recall("session");
     // A browser notices a dead network late; the system tells at once.
     addEventListener("offline", () => this.#socket?.close());
     addEventListener("online", () => this.retry());
@@ -42,16 +42,19 @@ export class Connection {
     socket.addEventListener("message", ({ data }) => {
       if (socket === this.#socket) this.#receive(data);
     });
-    socket.addEventListener("close", () => {
+    socket.addEventListener("close", ({ code }) => {
       if (socket !== this.#socket) return;
       this.#socket = null;
-      if (!this.#finished) this.#wait();
+      if (this.#finished) return;
+      // A normal close is the server's wish; coming back at once would fight with another tab.
+      if (code === NORMAL) this.#emit("closed");
+      else this.#wait();
     });
   }
 
   /** Tries again now instead of at the end of the pause. */
   retry() {
-    if (!this.#socket) this.connect();
+    if (!this.#socket && !this.#finished) this.connect();
   }
 
   send(message) {
@@ -89,22 +92,26 @@ export class Connection {
     this.#timer = setTimeout(() => this.connect(), delay);
   }
 
-  // The token lives as long as the tab: a reload takes up the same world.
-  #remembered() {
+  // What is noted lives as long as the tab: a reload takes up the same world.
+
+  recall(name) {
     try {
-      return sessionStorage.getItem(TOKEN);
+      return JSON.parse(sessionStorage.getItem(`decmem.${name}`));
     } catch {
       return null;
     }
   }
 
-  #remember(token) {
-    this.token = token;
+  note(name, value) {
     try {
-      if (token) sessionStorage.setItem(TOKEN, token);
-      else sessionStorage.removeItem(TOKEN);
+      sessionStorage.setItem(`decmem.${name}`, JSON.stringify(value));
     } catch {
       // without storage only a reload loses the world
     }
+  }
+
+  #remember(token) {
+    this.token = token;
+    this.note("session", token);
   }
 }

@@ -47,6 +47,7 @@ let seed = null;
 let first = 1; // latents the world began with: no rewind goes further back
 let truth = true;
 let state = "waiting";
+let reason = "";
 let read = null; // the lens of the chunk on screen
 let latency = null;
 let latentFrames = FRAMES_PER_LATENT;
@@ -54,11 +55,22 @@ let resumed = false; // the server took up the world this page already shows
 
 // ---- what is shown ----
 
+const veil = (text, action, act) => {
+  at("veil").hidden = text === null;
+  at("veil-says").textContent = text ?? "";
+  at("veil-act").textContent = action ?? "";
+  at("veil-act").onclick = act;
+};
 const say = (text, state) => {
   const status = at("status");
   if (status.textContent !== text) status.textContent = text;
   status.dataset.state = state;
 };
+
+function tellState() {
+  const words = { running: "walking", waiting: "ready", loading: "preparing" }[state] ?? state;
+  say(reason && reason !== state ? `${words}: ${reason}` : words, state);
+}
 
 function view(name) {
   root.dataset.view = name;
@@ -90,7 +102,6 @@ function paint({ header, i, dream, truth, psnr, pose, latent, remembered }) {
     figures.chunk(header, latency);
   }
   walk.add({ latent, pose, psnr, remembered, fps: header.fps, latency });
-  if ((i + 1) % latentFrames === 0) walk.thumbnails.keep(latent - 1, dream);
   overlay.strength(header.lens?.strength?.[Math.floor(i / latentFrames)] ?? null);
   figures.frame(psnr);
   minimap.draw(walk, read?.retrieved);
@@ -140,8 +151,6 @@ const togglePause = () => send({ type: state === "paused" ? "resume" : "pause" }
 connection
   .on("hello", (hello) => {
     resumed = hello.resumed;
-    truth = hello.truth;
-    root.dataset.truth = truth ? "yes" : "no";
     latentFrames = hello.latent_frames;
     player.fps = hello.fps;
     player.flush();
@@ -152,7 +161,7 @@ connection
     steering.forget();
     settings.begin(hello);
     start.ready(hello);
-    at("veil").hidden = true;
+    veil(null);
     say("ready", "waiting");
     if (hello.lost && root.dataset.view !== "start") {
       notices.error({
@@ -160,32 +169,42 @@ connection
         cure: "Begin a new one, or load a memory that you saved.",
       });
     }
-    if (!hello.resumed) view("start");
+    if (!hello.resumed) {
+      view("start");
+      settings.recordLens();
+    }
     if (root.dataset.view === "start") drawSketch(Number(start.seed.value));
   })
   .on("lost", ({ delay }) => {
     say("no connection", "stopped");
-    at("veil").textContent = `No connection. Trying again in ${Math.ceil(delay / 1000)} s.`;
-    at("veil").hidden = false;
+    const seconds = Math.ceil(delay / 1000);
+    veil(`No connection. Trying again in ${seconds} s.`, "Try now", () => connection.connect());
   })
   .on("queue", (queue) => {
     start.wait(queue);
     say(queue.position > 0 ? `number ${queue.position} in the queue` : "ready", "waiting");
   })
   .on("progress", (progress) => {
-    if (root.dataset.view !== "loading") view("loading");
+    // Saving and changing branches take a while too, but the walk stays on the screen.
+    if (root.dataset.view === "start") view("loading");
     start.progress(progress);
-    say("preparing", "loading");
+    say(`preparing, ${progress.done} of ${progress.total}`, "loading");
   })
   .on("started", (world) => {
     // A connection that came back is told again what this page still knows better.
-    const known = branches.walk.latents > 0 && resumed;
+    const known = resumed && branches.walk.latents > 0;
     seed = world.seed;
-    if (!known) {
-      first = world.trail.length || world.latents;
-      branches.begin(world.trail, world.latents);
+    truth = world.truth;
+    root.dataset.truth = truth ? "yes" : "no";
+    if (known) {
+      branches.walk.follow(world.trail, world.latents);
+    } else {
+      first = (resumed && connection.recall("first")) || world.latents;
+      connection.note("first", first);
+      branches.begin(world.trail, world.latents, first);
       latency = null;
     }
+    resumed = false;
     player.flush();
     at("back").hidden = false;
     view("walk");
@@ -195,6 +214,7 @@ connection
   })
   .on("settings", (values) => settings.show(values))
   .on("branches", (message) => {
+    tellState();
     if (branches.receive(message)) {
       player.flush();
       redraw();
@@ -208,13 +228,13 @@ connection
   .on("thumbnails", (header, pictures) => branches.walk.thumbnails.receive(pictures))
   .on("file", ({ what, url, name, bytes: size }) => {
     at(`save-${what}`).disabled = false;
+    tellState();
     download(url, name);
     notices.note(`${name} is saved.`, bytes(size));
   })
   .on("status", (message) => {
-    state = message.state;
-    const words = { running: "walking", waiting: "ready", loading: "preparing" }[state] ?? state;
-    say(message.reason ? `${words}: ${message.reason}` : words, state);
+    ({ state, reason } = message);
+    tellState();
     at("pause").setAttribute("aria-pressed", state === "paused");
     at("pause").setAttribute("aria-label", state === "paused" ? "Go on" : "Pause");
     if (state === "loading" && root.dataset.view !== "loading") view("loading");
@@ -227,9 +247,14 @@ connection
     if (root.dataset.view === "loading") view("start");
   })
   .on("bye", ({ reason }) => {
-    at("veil").textContent = `The server ended this walk${reason ? `: ${reason}` : ""}. Reload the page to begin again.`;
-    at("veil").hidden = false;
+    const why = reason ? `: ${reason}` : "";
+    veil(`The server ended this walk${why}.`, "Begin again", () => connection.connect());
     say("ended", "stopped");
+  })
+  .on("closed", () => {
+    const text = "The server closed this line: the walk goes on elsewhere, or the line was slow.";
+    veil(text, "Go on here", () => connection.connect());
+    say("closed", "stopped");
   })
   .on("chunk", (header, pictures) => {
     player.push(header, frames(header, pictures, settings.values.global_memory));

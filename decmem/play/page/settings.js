@@ -21,12 +21,19 @@ export class Settings {
     }
   }
 
-  begin({ max_k, layers, settings }) {
+  begin({ max_k, layers, settings, chunk_sizes: sizes = [1], latent_frames, fps }) {
     this.fields.k.max = max_k;
+    const seconds = (size) => `${((size * latent_frames) / fps).toFixed(1)} s`;
+    this.fields.chunk.replaceChildren(...sizes.map((size) => new Option(seconds(size), size)));
     const layer = this.fields.layer;
     layer.replaceChildren(new Option("all", ""));
     for (let i = 0; i < layers; i++) layer.append(new Option(String(i + 1), String(i)));
     this.show(settings);
+  }
+
+  /** The server records what is read only when asked: it costs time. */
+  recordLens() {
+    this.#ask({ lens: true });
   }
 
   toggleMemory() {
@@ -44,7 +51,6 @@ export class Settings {
     this.lens.checked = lens;
     for (const [name, field] of Object.entries(this.fields)) {
       const value = this.values[name];
-      if (name === "chunk") this.#offer(field, value);
       if (field !== document.activeElement || field.tagName === "SELECT") field.value = value ?? "";
     }
     this.changed(this.values);
@@ -54,12 +60,6 @@ export class Settings {
   restore() {
     document.activeElement?.closest?.("#knobs")?.querySelector(":focus")?.blur();
     this.show({});
-  }
-
-  #offer(select, chunk) {
-    if (chunk && ![...select.options].some(({ value }) => Number(value) === chunk)) {
-      select.append(new Option(`${(chunk * 0.4).toFixed(1)} s`, String(chunk)));
-    }
   }
 
   #read(name, field) {

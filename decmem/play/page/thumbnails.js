@@ -1,12 +1,10 @@
-// A small picture of every known latent: the server's, or one kept from the frame on screen.
-
-const WIDTH = 96;
+// A small picture of every known latent.
 
 export class Thumbnails {
   #pictures;
 
   constructor(pictures = []) {
-    this.#pictures = new Map(pictures); // latent (from 0) -> canvas or bitmap
+    this.#pictures = new Map(pictures); // latent (from 0) -> bitmap
   }
 
   get(latent) {
@@ -23,13 +21,5 @@ export class Thumbnails {
       this.#pictures.set(latent, await createImageBitmap(blob));
     });
     await Promise.all(arrived);
-  }
-
-  keep(latent, frame) {
-    if (this.#pictures.get(latent) instanceof ImageBitmap) return;
-    const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [WIDTH, Math.round((WIDTH * frame.height) / frame.width)];
-    canvas.getContext("2d").drawImage(frame, 0, 0, canvas.width, canvas.height);
-    this.#pictures.set(latent, canvas);
   }
 }

@@ -12,6 +12,14 @@ export class Walk {
   latents = 0;
   camera = null; // [x, y, z, yaw, pitch]
 
+  /** Takes the server's word for where every latent was seen from. */
+  follow(trail, latents) {
+    const begun = this.memory.length;
+    this.path = trail.slice(begun).map(([x, z], i) => ({ latent: begun + i + 1, x, z }));
+    this.frames = this.frames.filter((frame) => frame.latent <= latents);
+    this.latents = latents;
+  }
+
   /** Where the camera was at `latent` (from 0), or null. */
   at(latent) {
     if (latent < this.memory.length) return this.memory[latent];
