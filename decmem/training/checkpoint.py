@@ -55,15 +55,26 @@ def load_checkpoint(
     Raises:
         UserError: when it is damaged or belongs to another configuration.
     """
+    require_same_settings(checkpoint, config)
     try:
         weights = load_file(checkpoint / "model.safetensors")
         state = load_file(checkpoint / "state.safetensors")
         loop = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        stored = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            "resume", f"{checkpoint} cannot be read ({error})", "Remove it; an older one is used"
-        ) from error
+        raise _unreadable(checkpoint, error) from error
+    return weights, state, loop
+
+
+def require_same_settings(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Refuses a checkpoint that was written with another configuration.
+
+    Raises:
+        UserError: names the settings that differ, or the file that is damaged.
+    """
+    try:
+        stored = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(checkpoint, error) from error
     differing = sorted(_differing(stored, config))
     if differing:
         raise UserError(
@@ -71,7 +82,11 @@ def load_checkpoint(
             f"{checkpoint} was made with another configuration ({', '.join(differing)} differ)",
             "Resume with the same options, or start a new run with another --out",
         )
-    return weights, state, loop
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    problem = f"{checkpoint} cannot be read ({error})"
+    return UserError("resume", problem, "Remove it; an older one is used")
 
 
 def _differing(stored: dict[str, Any], config: dict[str, Any], path: str = "") -> list[str]:

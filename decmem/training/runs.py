@@ -16,7 +16,7 @@ from decmem.model import WorldModel
 from decmem.presets import preset
 from decmem.shards import load_weights, weights_sha256
 from decmem.training.average import WeightAverage
-from decmem.training.checkpoint import latest_checkpoint
+from decmem.training.checkpoint import latest_checkpoint, require_same_settings
 from decmem.training.codec_task import CodecTask
 from decmem.training.distributed import Place, join, leave
 from decmem.training.export import export_weights
@@ -38,19 +38,20 @@ def train_codec(options: RunOptions) -> Path | None:
     experiment, place, run = _start(options, "codec")
     try:
         config = _changed(experiment.codec_training, options)
-        torch.manual_seed(options.seed)
-        codec = _on(place, _started_from(options.init, experiment.build_codec()))
-        task = CodecTask(
-            codec, config, experiment.model.size, place.device, options.seed, place.rank
-        )
-        budget = _budget(options, config.steps, config.warmup, decay_from=0.0)
         made = {
             "stage": "codec",
             "training": to_plain(config),
             "codec": to_plain(experiment.codec),
             "size": list(experiment.model.size),
         }
-        trainer = _trainer(options, task, place, run, budget, made, (config.lr, None))
+        settings = _settings(options, made, place, run)
+        torch.manual_seed(options.seed)
+        codec = _on(place, _started_from(options.init, experiment.build_codec()))
+        task = CodecTask(
+            codec, config, experiment.model.size, place.device, options.seed, place.rank
+        )
+        budget = _budget(options, config.steps, config.warmup, decay_from=0.0)
+        trainer = _trainer(options, task, place, run, budget, settings, (config.lr, None))
         if not trainer.run(options.pause_after):
             return None
         trainer.average.swap(codec)
@@ -95,15 +96,6 @@ def train_memory(
                 f"{experiment.name} {shape.latent_channels}",
                 "Give the codec of this preset",
             )
-        codec = _on(place, codec)
-        experiment = dataclasses.replace(experiment, model=shape)
-        # Before the walks are rendered: what does not fit is told at once.
-        model = _started_from(options.init, experiment.build_model(options.seed)).to(place.device)
-        cache = LatentCache(
-            codec, config.walks, config.latents, shape.size, place.device, place.rank
-        )
-        task = MemoryTask(model, cache, config, experiment.flow, options.seed, place.rank)
-        budget = _budget(options, config.steps, config.warmup, config.decay_from)
         made = {
             "stage": name,
             "training": to_plain(config),
@@ -111,8 +103,18 @@ def train_memory(
             "model": to_plain(shape),
             "codec_sha256": weights_sha256(codec_weights),
         }
+        # What does not fit is told at once, before walks are rendered.
+        settings = _settings(options, made, place, run)
+        codec = _on(place, codec)
+        experiment = dataclasses.replace(experiment, model=shape)
+        model = _started_from(options.init, experiment.build_model(options.seed)).to(place.device)
+        cache = LatentCache(
+            codec, config.walks, config.latents, shape.size, place.device, place.rank
+        )
+        task = MemoryTask(model, cache, config, experiment.flow, options.seed, place.rank)
+        budget = _budget(options, config.steps, config.warmup, config.decay_from)
         rates = (config.adam_lr, config.muon_lr)
-        trainer = _trainer(options, task, place, run, budget, made, rates)
+        trainer = _trainer(options, task, place, run, budget, settings, rates)
         if not trainer.run(options.pause_after):
             return None
         trainer.average.swap(model)
@@ -178,22 +180,9 @@ def _on(place: Place, codec: Autoencoder) -> Autoencoder:
     return codec.to(device, memory_format=order)  # pyright: ignore[reportCallIssue]
 
 
-def _trainer(
-    options: RunOptions,
-    task: Task,
-    place: Place,
-    run: Path,
-    budget: Budget,
-    made: dict[str, Any],
-    rates: tuple[float, float | None],
-) -> Trainer:
-    network = task.network
-    adam, muon = rates
-    optimisers = Optimisers(
-        network, adam * options.rate, None if muon is None else muon * options.rate
-    )
-    average = WeightAverage(network, made["training"]["average"])
-    config = made | {
+def _settings(options: RunOptions, made: dict[str, Any], place: Place, run: Path) -> dict[str, Any]:
+    """All that a run depends on; a checkpoint that is to be resumed must agree."""
+    settings = made | {
         "preset": options.preset,
         "seed": options.seed,
         "seconds": options.seconds,
@@ -201,7 +190,30 @@ def _trainer(
         "init": None if options.init is None else options.init.name,
         "processes": place.world,
     }
-    trainer = Trainer(task, optimisers, average, budget, place, run, config, made["stage"])
+    found = latest_checkpoint(run)
+    if found is not None:
+        require_same_settings(found, settings)
+    return settings
+
+
+def _trainer(
+    options: RunOptions,
+    task: Task,
+    place: Place,
+    run: Path,
+    budget: Budget,
+    settings: dict[str, Any],
+    rates: tuple[float, float | None],
+) -> Trainer:
+    network = task.network
+    adam, muon = rates
+    optimisers = Optimisers(
+        network, adam * options.rate, None if muon is None else muon * options.rate
+    )
+    average = WeightAverage(network, settings["training"]["average"])
+    trainer = Trainer(
+        task, optimisers, average, budget, place, run, settings, title=settings["stage"]
+    )
     if options.resume:
         trainer.resume()
     return trainer
