@@ -120,18 +120,19 @@ def load_world(path: str | Path, argument: str = "world") -> SavedWorld:
     try:
         with safe_open(path, framework="pt") as content:
             head = content.metadata() or {}
-            if head.get("format") != FORMAT:
-                raise UserError(
-                    argument,
-                    f"format {head.get('format')!r}, expected {FORMAT!r}",
-                    "Give a .world file of this version of decmem",
-                )
-            told = json.loads(head["world"])
-            tensors = {name: content.get_tensor(name) for name in _TENSORS}
+            ours = head.get("format") == FORMAT
+            told = json.loads(head["world"]) if ours else {}
+            tensors = {name: content.get_tensor(name) for name in _TENSORS} if ours else {}
     except FileNotFoundError as error:
         raise UserError(argument, f"no file {path}", "Give the path of a .world file") from error
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise _damaged(argument, "it cannot be read") from error
+    if not ours:
+        raise UserError(
+            argument,
+            f"format {str(head.get('format'))[:40]!r}, expected {FORMAT!r}",
+            "Give a .world file of this version of decmem",
+        )
     try:
         saved = _assembled(tensors, told)
     except (KeyError, TypeError, ValueError, OverflowError) as error:

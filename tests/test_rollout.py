@@ -579,3 +579,228 @@ def test_weights_that_do_not_belong_together_are_refused(stored: Path) -> None:
         Session.open("tiny", stored / "none.safetensors", stored / "c.safetensors", device="cpu")
     with pytest.raises(UserError, match="preset: 'huge' is unknown"):
         Session.open("huge")
+
+
+def test_rewinding_and_replaying_makes_the_same_frames(session: Callable[..., Session]) -> None:
+    one, straight = session(chunk=2), session(chunk=2)
+    for each in (one, straight):
+        each.observe(*known())
+    actions = future(24)
+    expected = straight.step(actions)
+    one.step(actions[:16])
+    one.step(-actions[16:24])
+    one.rewind(5 + 4)
+    assert (one.length, one.frames) == (9, 33)
+    assert np.array_equal(one.step(actions[16:]), expected[16:])
+    assert torch.equal(dreamt(one, 6), dreamt(straight, 6))
+    # Into what was observed, too: the dream goes on from a picture it was shown.
+    one.rewind(3)
+    short = session(chunk=2)
+    short.observe(*known().stretch(0, 9))
+    assert_alike(one.step(actions), short.step(actions))
+    torch.testing.assert_close(dreamt(one, 6), dreamt(short, 6), atol=1e-5, rtol=1e-5)
+
+
+def test_rewinding_moves_the_anchor_back(session: Callable[..., Session]) -> None:
+    one, data = session(), known()
+    one.observe(*data)
+    assert one.bank is not None
+    anchor = one.bank.anchor.clone()
+    poses = strides(2.0, 24, data.world_to_camera[-1])
+    first = one.step(future(24), poses)
+    assert not torch.equal(one.bank.anchor, anchor)
+    made = dreamt(one, 6)
+    one.rewind(5)
+    assert torch.equal(one.bank.anchor, anchor)
+    assert_alike(one.step(future(24), poses), first)
+    torch.testing.assert_close(dreamt(one, 6), made, atol=1e-5, rtol=1e-5)
+
+
+def test_rewinding_into_a_chunk_writes_its_rest_anew(codec: Autoencoder) -> None:
+    """Where the latents of a chunk see each other in the write pass, none may see what is gone."""
+    seeing = dataclasses.replace(CONFIG, reading=MemoryConfig(Reach(window=2), retrieved=6))
+    model = new_model(seeing)
+    one, short = (Session(codec, model, steps=1) for _ in range(2))
+    one.observe(*known(29))
+    short.observe(*known(29).stretch(0, 21))
+    one.rewind(6)  # of chunks of 4: two of the second are left
+    assert one.bank is not None
+    assert short.bank is not None
+    short.bank.truncate(6)
+    short.bank.rebase(one.bank.anchor)
+    for a, b in zip(one.bank.layers, short.bank.layers, strict=True):
+        torch.testing.assert_close(a.keys[:, :, :6], b.keys[:, :, :6], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("latents", [0, 6, -1])
+def test_what_never_was_cannot_be_returned_to(
+    latents: int, session: Callable[..., Session]
+) -> None:
+    one = session()
+    with pytest.raises(UserError, match="nothing is known"):
+        one.rewind(1)
+    one.observe(*known())
+    with pytest.raises(UserError, match=r"latents: .* the world has 1 to 5"):
+        one.rewind(latents)
+
+
+def test_forks_go_their_own_ways(session: Callable[..., Session]) -> None:
+    one = session()
+    one.observe(*known())
+    one.step(future(4))
+    twin = one.fork()
+    straight = one.step(future(8))
+    aside = twin.step(-future(8))
+    assert (one.length, twin.length) == (8, 8)
+    assert not np.array_equal(straight, aside)
+    twin.rewind(6)
+    assert np.array_equal(twin.step(future(8)), straight)
+    assert one.length == 8
+
+
+def saved_and_loaded(one: Session, session: Callable[..., Session], path: Path, **more) -> Session:
+    one.save(path, {"told": "by a test"})
+    other = session(**more)
+    assert other.load(path) == {"told": "by a test"}
+    return other
+
+
+def test_a_saved_world_goes_on_as_the_unsaved_one(
+    session: Callable[..., Session], tmp_path: Path
+) -> None:
+    data = known()
+    one = session(seeds=[7], steps=1, chunk=1)
+    one.observe(*data)
+    one.global_memory = False
+    one.step(future(4))
+    one.global_memory, one.retrieved, one.chunk = True, 3, 2
+    one.step(future(24), strides(2.0, 24, data.world_to_camera[-1]))  # far: the anchor moves
+    path = tmp_path / "a.world"
+    other = saved_and_loaded(one, session, path, steps=3)
+    assert (other.steps, other.chunk, other.retrieved, other.seeds) == (1, 2, 3, [7])
+    assert (other.length, other.frames) == (one.length, one.frames)
+    assert one.bank is not None
+    assert other.bank is not None
+    assert path.stat().st_size < one.length * one.bank.bytes_per_latent
+    for a, b in zip(one.bank.layers, other.bank.layers, strict=True):
+        assert torch.equal(a.keys[:, :, : one.length], b.keys[:, :, : one.length])
+        assert torch.equal(a.pooled[:, :, : one.length * 6], b.pooled[:, :, : one.length * 6])
+    assert np.array_equal(other.step(future(8)), one.step(future(8)))
+    assert torch.equal(dreamt(other, 2), dreamt(one, 2))
+    other.rewind(5)
+    one.rewind(5)
+    assert_alike(other.step(future(8)), one.step(future(8)))
+
+
+def test_a_session_becomes_another_branch_without_building_what_they_share(
+    session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = session(chunk=1)
+    one.observe(*known())
+    one.step(future(8))
+    left = one.snapshot()
+    one.rewind(6)
+    one.step(-future(8))
+    written = []
+    write = Sampler.write
+    monkeypatch.setattr(
+        Sampler, "write", lambda *given: (written.append(given[2].shape[1]), write(*given))
+    )
+    assert list(one.restore(left)) == [7]
+    assert written == [1]
+    straight = session(chunk=1)
+    straight.observe(*known())
+    straight.step(future(8))
+    assert np.array_equal(one.step(future(4)), straight.step(future(4)))
+
+
+def test_damaged_worlds_are_refused(session: Callable[..., Session], tmp_path: Path) -> None:
+    one = session()
+    with pytest.raises(UserError, match="nothing was observed"):
+        one.save(tmp_path / "none.world")
+    one.observe(*known())
+    path = tmp_path / "a.world"
+    one.save(path)
+    whole = path.read_bytes()
+    for broken, problem in (
+        (whole[:-100], "damaged"),
+        (b"", "damaged"),
+        (whole.replace(b"decmem-world/1", b"decmem-world/9"), "format 'decmem-world/9'"),
+        (whole.replace(b'\\"latents\\": 5', b'\\"latents\\": 4'), "do not add up"),
+        (whole.replace(b'\\"seeds\\": [0]', b'\\"seeds\\": [] '), "seeds"),
+    ):
+        assert broken != whole
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=problem):
+            session().load(path)
+    with pytest.raises(UserError, match="no file"):
+        one.load(tmp_path / "absent.world")
+
+
+def test_worlds_of_other_models_are_refused(
+    codec: Autoencoder, session: Callable[..., Session], model: WorldModel, tmp_path: Path
+) -> None:
+    one = Session(codec, model, codec_sha256="one", sha256="one")
+    one.observe(*known())
+    one.save(tmp_path / "a.world")
+    with pytest.raises(UserError, match="another codec"):
+        Session(codec, model, codec_sha256="two").load(tmp_path / "a.world")
+    with pytest.raises(UserError, match="latents of shape"):
+        session(batch=2).load(tmp_path / "a.world")
+
+
+def test_a_single_picture_is_enough(session: Callable[..., Session]) -> None:
+    one = session()
+    one.observe_picture(known().frames[0])
+    assert one.step(future(8)).shape == (8, *SIZE, 3)
+    assert (one.length, one.frames) == (3, 9)
+    with pytest.raises(UserError, match="begun already"):
+        one.observe_picture(known().frames[0])
+
+
+def test_settings_change_between_chunks(session: Callable[..., Session]) -> None:
+    one, other = session(steps=1, chunk=1), session(steps=3, chunk=1, guidance=2.0, retrieved=2)
+    for each in (one, other):
+        each.observe(*known(33))
+    one.steps, one.guidance, one.retrieved = 3, 2.0, 2
+    # The bank was read with another k while it was written: only the chunk itself is compared.
+    other.history = one.fork().history
+    assert np.array_equal(one.step(future(4)), other.step(future(4)))
+    for name, value in (("steps", 0), ("chunk", 3), ("retrieved", 0), ("guidance", float("nan"))):
+        broken = one.fork()
+        setattr(broken, name, value)
+        with pytest.raises(UserError, match=name):
+            broken.step(future(4))
+
+
+def test_the_lens_shows_what_was_read_and_changes_nothing(session: Callable[..., Session]) -> None:
+    plain, watched = session(chunk=2), session(chunk=2)
+    watched.lens = True
+    for one in (plain, watched):
+        one.observe(*known(33))
+    assert np.array_equal(plain.step(future(8)), watched.step(future(8)))
+    assert plain.seen is None
+    lens = watched.seen
+    assert lens is not None
+    assert len(lens.lists) == len(lens.strength) == CONFIG.layers
+    known_blocks = watched.length * 6
+    counts = lens.counts(6, known_blocks)
+    # Each of 2 layers, 2 heads and 2 latents reads k = 6 blocks for each of the 6 regions.
+    assert counts.sum(-1).tolist() == [[2 * 2 * 2 * 6] * 6]
+    assert torch.equal(counts, lens.counts(6, known_blocks, 0) + lens.counts(6, known_blocks, 1))
+    assert not counts[:, :, 9 * 6 :].any()  # the chunk itself is no memory yet
+    strength = lens.strengths()
+    assert strength.shape == (1, 2, 6)
+    assert ((strength > 0) & (strength < 1)).all()
+
+
+def test_the_lens_measures_both_branches(codec: Autoencoder, model: WorldModel) -> None:
+    one = Session(codec, closed(model), steps=1, chunk=1)
+    one.lens = True
+    one.observe(*known(33))
+    one.step(future(4))
+    assert one.seen is not None
+    assert not one.seen.strengths().any()
+    one.global_memory = False
+    one.step(future(4))
+    assert one.seen.lists == []

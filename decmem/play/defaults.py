@@ -54,7 +54,7 @@ class Bounds:
     picture_bytes: int = 16 * 2**20
     video_bytes: int = 256 * 2**20
     track_bytes: int = 16 * 2**20
-    world_bytes: int = 512 * 2**20
+    world_bytes: int = 256 * 2**20
     video_frames: int = 801
     keep_seconds: float = 300.0
     idle_seconds: float = 300.0

@@ -16,10 +16,10 @@ import numpy as np
 
 from decmem.errors import UserError
 from decmem.play.branches import Branches
+from decmem.play.chunk_message import Parts, shown
 from decmem.play.defaults import FRAMES_PER_LATENT
-from decmem.play.journey import Chunk, Journey, Progress, view_of
-from decmem.play.jpeg import jpeg, thumbnail
-from decmem.play.lens_view import lens_view
+from decmem.play.journey import Chunk, Journey, Progress
+from decmem.play.jpeg import thumbnail
 from decmem.play.line import Line
 from decmem.play.opening import beginning
 from decmem.play.parcels import Parcels
@@ -33,7 +33,6 @@ from decmem.world.version import FPS
 _log = logging.getLogger(__name__)
 _MOST_REQUESTS = 32
 _BEHIND = "the page is behind"
-_Parts = list[tuple[dict[str, Any], bytes]]
 
 
 class Guest:
@@ -206,7 +205,7 @@ class Guest:
         made: Chunk = await self.studio.work(journey.go, actions)
         self.chunks += 1
         header, parts = await asyncio.to_thread(
-            _shown, made, self.settings, journey.session.config.layout.M
+            shown, made, self.settings.layer, journey.session.config.layout.M
         )
         sent = time.monotonic()
         self._sent.append((sent, len(actions)))
@@ -234,7 +233,7 @@ class Guest:
         await self._hand_small(first, middles)
 
     async def _hand_small(self, first: int, pictures: np.ndarray) -> None:
-        parts: _Parts = [
+        parts: Parts = [
             ({"kind": "thumbnail", "latent": first + i}, thumbnail(picture))
             for i, picture in enumerate(pictures)
         ]
@@ -295,7 +294,7 @@ class Guest:
         self.journey, self.failed, self.paused = journey, "", False
         self.branches.clear()
         if request["from"] != "seed":
-            self.settings = self.settings.adopted(journey.session)
+            self.settings = self.settings.adopted(journey.session, self.studio)
             await self.tell("settings", **self.settings.told())
         self._take_breath()
         await self._show_start(0)
@@ -330,7 +329,7 @@ class Guest:
     async def _change_branch(self, journey: Journey, number: int) -> None:
         saved = self.branches.go_to(number, journey.snapshot())
         await self._pieces(journey.begin_saved(saved))
-        self.settings = self.settings.adopted(journey.session)
+        self.settings = self.settings.adopted(journey.session, self.studio)
         self._take_breath()
         await self._tell_branches()
         await self.tell("settings", **self.settings.told())
@@ -344,35 +343,3 @@ class Guest:
         """What was sent before no longer counts."""
         self.seen = self.chunks
         self._next_start = self._steered_at = time.monotonic()
-
-
-def _shown(made: Chunk, settings: Settings, blocks: int) -> tuple[dict[str, Any], _Parts]:
-    """Header and pictures of a chunk."""
-    parts: _Parts = []
-    pairs = [("dream", made.dream)] + ([] if made.truth is None else [("truth", made.truth)])
-    for kind, frames in pairs:
-        parts += [
-            ({"kind": kind, "frame": made.first_frame + i}, jpeg(frame))
-            for i, frame in enumerate(frames)
-        ]
-    header: dict[str, Any] = {
-        "latents": made.latents,
-        "first_frame": made.first_frame,
-        "frames": len(made.dream),
-        "psnr": None if made.truth is None else _psnr(made.dream, made.truth),
-        "poses": view_of(made.world_to_camera),
-        "actions": np.round(made.actions, 4).tolist(),
-        "times": {name: round(seconds, 4) for name, seconds in made.times.items()},
-        "memory_bytes": made.memory_bytes,
-        "lens": None,
-    }
-    if made.lens is not None:
-        header["lens"] = lens_view(made.lens, blocks, made.latents, settings.layer)
-    return header, parts
-
-
-def _psnr(dream: np.ndarray, truth: np.ndarray) -> list[float]:
-    """Of every frame in dB, capped at 60."""
-    errors = (dream.astype(np.float32) - truth.astype(np.float32)).reshape(len(dream), -1)
-    mean = np.square(errors).mean(1).clip(255**2 * 1e-6)
-    return np.round(10 * np.log10(255**2 / mean.astype(np.float64)), 2).tolist()

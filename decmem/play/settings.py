@@ -58,9 +58,19 @@ class Settings:
             raise UserError("layer", str(layer), f"Give 0 to {config.layers - 1}, or null for all")
         return replace(self, **fields)
 
-    def adopted(self, session: Session) -> "Settings":
-        """The session's own, as a saved world brings them; the lens stays as it is."""
-        return replace(self._read(session), layer=self.layer, lens=self.lens)
+    def adopted(self, session: Session, studio: Studio) -> "Settings":
+        """The session's own, as a saved world brings them, within bounds; the lens stays."""
+        theirs, bounds = self._read(session), studio.bounds
+        guidance = theirs.guidance
+        return replace(
+            theirs,
+            global_memory=bool(theirs.global_memory),
+            k=min(theirs.k, studio.max_k),
+            steps=min(theirs.steps, bounds.steps),
+            guidance=None if guidance is None else min(max(guidance, 0), bounds.guidance),
+            layer=self.layer,
+            lens=self.lens,
+        )
 
     def apply(self, session: Session) -> None:
         """Sets up a session; what this leaves open stays as trained."""
