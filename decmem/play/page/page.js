@@ -48,6 +48,7 @@ let first = 1; // latents the world began with: no rewind goes further back
 let truth = true;
 let state = "waiting";
 let reason = "";
+let painted = false; // whether a frame of this world was on the screen
 let read = null; // the lens of the chunk on screen
 let latency = null;
 let latentFrames = FRAMES_PER_LATENT;
@@ -94,6 +95,8 @@ function lensSwitched() {
 
 function paint({ header, i, dream, truth, psnr, pose, latent, remembered }) {
   const { walk } = branches;
+  if (!painted) screen.preview(null);
+  painted = true;
   screen.paint(dream, truth);
   if (i === 0) {
     latency = steering.answered(header.sequence) ?? latency;
@@ -203,8 +206,10 @@ connection
       connection.note("first", first);
       branches.begin(world.trail, world.latents, first);
       latency = null;
+      painted = false;
     }
     resumed = false;
+    say("waking", "loading");
     player.flush();
     at("back").hidden = false;
     view("walk");
@@ -225,7 +230,12 @@ connection
     branches.rewind(latents);
     redraw();
   })
-  .on("thumbnails", (header, pictures) => branches.walk.thumbnails.receive(pictures))
+  .on("thumbnails", async (header, pictures) => {
+    const { walk } = branches;
+    await walk.thumbnails.receive(pictures);
+    // Until the first frame comes, the last thing seen is better than nothing.
+    if (!painted) screen.preview(walk.thumbnails.get(walk.latents - 1));
+  })
   .on("file", ({ what, url, name, bytes: size }) => {
     at(`save-${what}`).disabled = false;
     tellState();
