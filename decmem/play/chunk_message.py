@@ -24,7 +24,7 @@ def shown(made: Chunk, layer: int | None, blocks: int) -> tuple[dict[str, Any], 
         "latents": made.latents,
         "first_frame": made.first_frame,
         "frames": len(made.dream),
-        "psnr": None if made.truth is None else _psnr(made.dream, made.truth),
+        "psnr": None if made.truth is None else psnr(made.dream, made.truth),
         "poses": view_of(made.world_to_camera),
         "actions": np.round(made.actions, 4).tolist(),
         "times": {name: round(seconds, 4) for name, seconds in made.times.items()},
@@ -36,7 +36,7 @@ def shown(made: Chunk, layer: int | None, blocks: int) -> tuple[dict[str, Any], 
     return header, parts
 
 
-def _psnr(dream: np.ndarray, truth: np.ndarray) -> list[float]:
+def psnr(dream: np.ndarray, truth: np.ndarray) -> list[float]:
     """Of every frame in dB, capped at 60."""
     errors = (dream.astype(np.float32) - truth.astype(np.float32)).reshape(len(dream), -1)
     mean = np.square(errors).mean(1).clip(255**2 * 1e-6)

@@ -64,16 +64,16 @@ class Journey:
         self.told: dict[str, Any] = {}
         self._beside = ThreadPoolExecutor(1, "truth")
 
-    def begin_seed(self, seed: int) -> Iterator[Progress]:
-        """A block world: its free walk is rendered and remembered."""
+    def begin_seed(self, seed: int, count: int = MEMORY_FRAMES) -> Iterator[Progress]:
+        """A block world: the first `count` (1 + 4n) frames of its free walk are remembered."""
+        yield Progress("render", 0, count)
         truth = Truth(seed, self.session.config.size, self.pace)
-        actions = truth.explore(MEMORY_FRAMES)
-        yield Progress("render", 0, MEMORY_FRAMES)
+        actions = truth.explore(count)
         shown: list[np.ndarray] = []
         for frames in truth.remembered(_PIECE):
             shown.append(frames)
-            yield Progress("render", sum(map(len, shown)), MEMORY_FRAMES)
-        lens = np.tile(truth.intrinsics, (MEMORY_FRAMES, 1, 1))
+            yield Progress("render", sum(map(len, shown)), count)
+        lens = np.tile(truth.intrinsics, (count, 1, 1))
         clip = Episode(np.concatenate(shown), truth.poses(), lens, actions)
         yield from self.begin_clip(clip)
         self.truth = truth
@@ -130,8 +130,12 @@ class Journey:
         same = np.allclose(truth.poses(), poses, atol=1e-6)
         self.truth = truth if same else None
 
-    def go(self, actions: Float32[np.ndarray, "F A"]) -> Chunk:
-        """The next frames. Raises `UserError` as `Session.step` does."""
+    def go(self, actions: Float32[np.ndarray, "F A"], beside: bool = True) -> Chunk:
+        """The next frames, with the truth `beside` where there is one.
+
+        Raises:
+            UserError: as `Session.step` does.
+        """
         started = time.perf_counter()
         session, before = self.session, dict(self.session.timings)
         first_frame = session.frames + 1
@@ -141,7 +145,7 @@ class Journey:
         else:
             poses = self.truth.advance(actions)
             try:
-                rendering = self._beside.submit(_timed, self.truth, poses)
+                rendering = self._beside.submit(_timed, self.truth, poses) if beside else None
                 dream = session.step(actions, poses)
             except BaseException:
                 self.truth.rewind(session.frames)

@@ -1,6 +1,7 @@
 """The truth beside the dream: a block world's player follows the same actions."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt8
@@ -8,9 +9,16 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from decmem.play.defaults import Pace
 from decmem.world.actions import quantise_actions
 from decmem.world.generation import build_world
+from decmem.world.grid import World
 from decmem.world.motion import run, state_cameras
 from decmem.world.render import Renderer
 from decmem.world.walks import make_walk
+
+
+@lru_cache(maxsize=8)
+def _world(seed: int) -> World:
+    """Worlds are never changed: visitors of one seed share it, and coming back costs nothing."""
+    return build_world(seed)
 
 
 class Truth:
@@ -25,7 +33,7 @@ class Truth:
 
     def __init__(self, seed: int, size: tuple[int, int], pace: Pace) -> None:
         self.seed = seed
-        self.world = build_world(seed)
+        self.world = _world(seed)
         self.fine = Renderer(size, supersample=2, threads=2)
         self.quick = Renderer(size, supersample=pace.supersample, threads=pace.threads)
         self.states: Int64[np.ndarray, "F 8"] = np.zeros((0, 8), np.int64)
