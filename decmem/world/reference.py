@@ -12,9 +12,9 @@ from decmem.world.grid import HEIGHT, SIZE, World
 from decmem.world.pictures import CLOUD_SIDE, CLOUDS, pictures
 from decmem.world.textures import mip_levels, texture_pictures
 
-_REACH = 50.0
-_HAZE_START = 16.0
-_HAZE_SPAN = 34.0
+_REACH = 34.0
+_HAZE_START = 4.0
+_HAZE_SPAN = 30.0
 _HORIZON = np.array([200.0, 221, 236])
 _ZENITH = np.array([78.0, 134, 214])
 _GLOW = np.array([52.0, 20, -34])

@@ -30,9 +30,9 @@ _LIGHT_FLOOR = np.float32(0.34)
 _LIGHT_STEP = np.float32(0.22)
 _GLOSS = np.float32(0.7)
 """How much of the sky water mirrors at a grazing view."""
-_HAZE_START = np.float32(16)
-_HAZE_SCALE = np.float32(1 / 34)
-REACH = np.float32(50)
+_HAZE_START = np.float32(4)
+_HAZE_SCALE = np.float32(1 / 30)
+REACH = np.float32(34)
 """Blocks at which everything has dissolved into the haze."""
 
 
