@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from decmem import __version__
-from decmem.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGED = {".py", ".typed", ".safetensors", ".json", ".md", ".html", ".css", ".js", ".svg"}
@@ -71,7 +70,6 @@ def test_installed_package_runs(installed: Path, tmp_path: Path) -> None:
     assert said == f"decmem {__version__}\n"
 
 
-@pytest.mark.skipif("demo" not in COMMANDS, reason="there is no demo yet")
 def test_installed_demo_runs(installed: Path, tmp_path: Path) -> None:
     demo = [sys.executable, "-m", "decmem", "demo", "--preset", "tiny", "--out", "demo"]
     run(*demo, cwd=tmp_path, path=installed)
