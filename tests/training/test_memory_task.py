@@ -11,6 +11,7 @@ from torch import Tensor
 from decmem.experiment import MemoryTraining
 from decmem.flow import FlowConfig
 from decmem.model import Conditions, WorldModel
+from decmem.training import memory_task as module
 from decmem.training.latent_cache import LatentCache
 from decmem.training.memory_task import MemoryTask, flow_matching_loss
 from decmem.training.trainer import Task
@@ -216,23 +217,41 @@ def test_short_clips_first_and_more_of_them(
 
 
 def test_batches_hang_on_seed_rank_and_step_alone(
-    memory_task: MemoryTask, cache: LatentCache, training: MemoryTraining
+    memory_task: MemoryTask,
+    cache: LatentCache,
+    training: MemoryTraining,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def loss(step: int, seed: int = 0, rank: int = 0) -> float:
-        made = MemoryTask(memory_task.network, cache, training, FlowConfig(), seed, rank)
-        with torch.no_grad():
-            torch.rand(3)  # what others draw does not matter
-            return made(step, 0.9)[0].item()
+    drawn: list[Tensor] = []
 
-    assert loss(3) == loss(3)
-    assert len({loss(3), loss(4), loss(3, seed=1), loss(3, rank=1)}) == 4
+    def spied(
+        model: WorldModel, times: FlowConfig, how: MemoryTraining, clean: Tensor, *rest: object
+    ) -> Tensor:
+        noise = next(x for x in rest if isinstance(x, torch.Generator))
+        drawn.extend((clean, torch.randn(3, generator=noise)))
+        return torch.zeros(len(clean), STREAMS, 3)
+
+    monkeypatch.setattr(module, "flow_matching_loss", spied)
+
+    def batches(seed: int, rank: int, first: int) -> tuple[bytes, bytes]:
+        """Clips and noise of a few steps."""
+        made = MemoryTask(memory_task.network, cache, training, FlowConfig(), seed, rank)
+        drawn.clear()
+        for step in range(first, first + 4):
+            torch.rand(3)  # what others draw does not matter
+            made(step, 0.0)
+        clips, noise = torch.cat(drawn[::2]), torch.cat(drawn[1::2])
+        return clips.numpy().tobytes(), noise.numpy().tobytes()
+
+    assert batches(0, 0, 3) == batches(0, 0, 3)
+    others = [batches(0, 0, 3), batches(1, 0, 3), batches(0, 1, 3), batches(0, 0, 40)]
+    for kind in (0, 1):
+        assert len({batch[kind] for batch in others}) == 4
 
 
 def test_all_chunk_sizes_are_trained(
     memory_task: MemoryTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from decmem.training import memory_task as module
-
     sizes: list[int] = []
     figures = {1: torch.arange(6.0), 2: torch.arange(3.0)}
 
@@ -241,9 +260,9 @@ def test_all_chunk_sizes_are_trained(
         return figures[sizes[-1]].expand(2, STREAMS, -1)
 
     monkeypatch.setattr(module, "flow_matching_loss", spied)
-    told = [memory_task(step, 0.9) for step in range(60)]
+    told = [memory_task(step, 0.9) for step in range(500)]
     # Drawn by their size: 2 twice as often as 1.
-    assert 0.5 < sizes.count(2) / 60 < 0.83
+    assert 0.6 < sizes.count(2) / 500 < 0.73
     # The first and the last quarter of the chunks, at least one.
     for size, (loss, shown) in zip(sizes, told, strict=True):
         last = len(figures[size]) - 1
