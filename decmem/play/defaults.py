@@ -37,6 +37,7 @@ class Bounds:
         message_bytes, messages_per_second: of one client. strikes: bad messages in a row, after
             which it is shown out. unseen: chunks sent that it has not painted yet.
         picture_bytes, video_bytes, track_bytes, world_bytes: of an upload.
+        memory_frames: 1 + 4n frames of a block world are walked before the person steers.
         video_frames: the newest frames of an uploaded video that are remembered.
         keep_seconds: a world waits so long for a connection that was lost.
         idle_seconds: generation stops when nobody has steered for so long.
@@ -55,6 +56,7 @@ class Bounds:
     video_bytes: int = 256 * 2**20
     track_bytes: int = 16 * 2**20
     world_bytes: int = 256 * 2**20
+    memory_frames: int = 221
     video_frames: int = 801
     keep_seconds: float = 300.0
     idle_seconds: float = 300.0

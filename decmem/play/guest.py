@@ -152,8 +152,10 @@ class Guest:
                 _log.exception("a world could not go on")
                 self.failed = "the server failed; it is told in its log"
                 await self._complain(UserError("server", "this world failed", "Start it again"))
+            # Not wait_for: in Python 3.11 it loses a cancellation that meets the awaited event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self._wake.wait()
 
     def _standing(self) -> tuple[str, str]:
         """Whether the world goes on, and why not."""

@@ -53,7 +53,8 @@ class Line:
         if self.open:
             self.open = False
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(self.socket.close(), 5)
+                async with asyncio.timeout(5):
+                    await self.socket.close()
 
     async def message(self) -> dict[str, Any] | None:
         """The next sound thing the client says; None when it is gone or was shown out."""
@@ -101,17 +102,15 @@ class Line:
         if not self.open:
             return
         try:
-            async with self._turn:
-                await asyncio.wait_for(
-                    self.socket.send({"type": "websocket.send", **message}),
-                    self.bounds.send_seconds,
-                )
+            async with self._turn, asyncio.timeout(self.bounds.send_seconds):
+                await self.socket.send({"type": "websocket.send", **message})
         except TimeoutError:
             _log.warning(
                 "a client took in nothing for %g s and was let go", self.bounds.send_seconds
             )
             self.open = False
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(self.socket.close(), 1)
+                async with asyncio.timeout(1):
+                    await self.socket.close()
         except (WebSocketDisconnect, RuntimeError, OSError):
             self.open = False

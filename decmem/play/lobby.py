@@ -45,7 +45,8 @@ class Lobby:
 
     async def _hello(self, line: Line) -> dict[str, Any] | None:
         try:
-            hello = await asyncio.wait_for(line.message(), _HELLO_SECONDS)
+            async with asyncio.timeout(_HELLO_SECONDS):
+                hello = await line.message()
         except TimeoutError:
             return None
         if hello is None:

@@ -26,7 +26,7 @@ def beginning(
         UserError: for an upload that is not there, or cannot be used.
     """
     if request["from"] == "seed":
-        yield from journey.begin_seed(request["seed"])
+        yield from journey.begin_seed(request["seed"], bounds.memory_frames)
         return
     if request["from"] == "file":
         yield from _from_file(journey, request["path"], bounds)

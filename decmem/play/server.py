@@ -30,19 +30,12 @@ _SAFE = {
 }
 
 
-def build_app(
-    studio: Studio,
-    host: str = "127.0.0.1",
-    allowed: tuple[str, ...] = (),
-    started: Callable[[], None] | None = None,
-) -> Starlette:
-    """The application; `started` is called once it serves. Its state holds the `lobby`."""
+def build_app(studio: Studio, host: str = "127.0.0.1", allowed: tuple[str, ...] = ()) -> Starlette:
+    """The application; while it runs, its state holds the `lobby`."""
 
     @contextlib.asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
         app.state.lobby = Lobby(studio)
-        if started is not None:
-            started()
         try:
             yield
         finally:
@@ -138,6 +131,7 @@ def serve(studio: Studio, host: str, port: int, allowed: tuple[str, ...], browse
         if browser:
             webbrowser.open(url)
 
+    studio.warm_up()
     app = build_app(studio, host, allowed)
     server = _Announcing(configure(app, host, port), opened)
     try:

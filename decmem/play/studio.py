@@ -11,6 +11,7 @@ import torch
 
 from decmem.play.defaults import PACES, Bounds, Pace
 from decmem.play.journey import Journey
+from decmem.play.steering import Steering
 from decmem.rollout import Session
 
 Result = TypeVar("Result")
@@ -57,6 +58,18 @@ class Studio:
     def journey(self, noise_seed: int) -> Journey:
         """A new world, empty."""
         return Journey(self.session.fresh([noise_seed]), self.pace)
+
+    def warm_up(self) -> None:
+        """Has everything compiled and loaded while the browser still opens."""
+
+        def walk() -> None:
+            journey = self.journey(0)
+            for _ in journey.begin_seed(0, 5):
+                pass
+            journey.go(Steering().actions(4 * journey.session.chunk))
+            journey.close()
+
+        self.worker.submit(walk)
 
     async def work(self, piece: Callable[..., Result], *given: Any) -> Result:
         """Runs model work in its thread."""
