@@ -69,7 +69,10 @@ def save_weights(
         if i == 1:
             head["decmem"] = json.dumps(metadata)
         with atomic_file(file) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(shard, temporary, metadata=head)
+            temporary.chmod(mode)  # safetensors makes files that nobody else may read
             temporary.chmod(0o644)  # safetensors leaves a file that only its owner may read
         files.append(file)
     # A set of another size that lay here before would be read in place of this one.

@@ -86,6 +86,12 @@ def test_large_weights_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert loaded.keys() == tensors().keys()
 
 
+def test_others_may_read_weights_as_any_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    (file,) = save_weights(tmp_path / "w.safetensors", tensors(), METADATA)
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_shipped_limit_is_16_mebibytes(int8: bool, tmp_path: Path) -> None:
     many = {f"w{i}": torch.zeros(1024, 1500) for i in range(12)}
