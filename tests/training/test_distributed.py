@@ -46,7 +46,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         runpy.run_path(str(SCRIPT))["main"](folder)
         for process in running:
-            said, _ = process.communicate(timeout=120)
+            said, _ = process.communicate(timeout=240)
             assert process.returncode == 0, said[-2000:]
     finally:
         for process in running:
