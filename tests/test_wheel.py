@@ -72,6 +72,6 @@ def test_installed_package_runs(installed: Path, tmp_path: Path) -> None:
 
 def test_installed_demo_runs(installed: Path, tmp_path: Path) -> None:
     demo = [sys.executable, "-m", "decmem", "demo", "--preset", "tiny", "--out", "demo"]
-    run(*demo, cwd=tmp_path, path=installed)
+    run(*demo, "--seconds", "1.6", "--episodes", "1", cwd=tmp_path, path=installed)
     for name in ["demo.mp4", "contact_sheet.png", "psnr.png", "report.json"]:
         assert (tmp_path / "demo" / name).stat().st_size > 0

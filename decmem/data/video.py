@@ -44,7 +44,7 @@ class _Encoder:
 
 
 _ENCODERS: dict[VideoCodec, _Encoder] = {
-    "h264": _Encoder("libx264", "yuv420p", {"crf": "17", "preset": "medium"}, (".mp4", ".mkv")),
+    "h264": _Encoder("libx264", "yuv420p", {"crf": "17", "preset": "veryfast"}, (".mp4", ".mkv")),
     "vp9": _Encoder(
         "libvpx-vp9",
         "yuv420p",
