@@ -27,7 +27,7 @@ needs_browser = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium: apt install chromium"
 )
 MEMORY = 56
-SOON = 20_000
+SOON = 60_000
 
 
 def test_the_canvas_is_there_before_any_script() -> None:

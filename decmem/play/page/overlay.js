@@ -4,7 +4,7 @@ import { fit } from "./palette.js";
 
 // Over a picture the theme does not count: the same blue and white in light and dark.
 const HEAT = "0, 114, 178";
-const DARKEST = 0.75;
+const DARKEST = 0.8;
 const BRIGHT = "rgb(255 255 255 / 0.95)";
 const CHIP = "rgb(20 21 23 / 0.75)";
 
@@ -52,7 +52,8 @@ export class Overlay {
   #heat(context, box) {
     this.#strength.forEach((value, region) => {
       const [x, y, w, h] = box(region);
-      context.fillStyle = `rgba(${HEAT}, ${DARKEST * Math.min(1, Math.max(0, value))})`;
+      // The root spreads the low strengths, where most of them lie; the number is exact.
+      context.fillStyle = `rgba(${HEAT}, ${DARKEST * Math.sqrt(Math.min(1, Math.max(0, value)))})`;
       context.fillRect(x, y, w, h);
       this.#chip(context, `${Math.round(100 * value)} %`, x + 8, y + 8);
     });

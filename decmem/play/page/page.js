@@ -4,6 +4,7 @@
 import { Branches } from "./branches.js";
 import { Connection } from "./connection.js";
 import { Figures } from "./figures.js";
+import { openFrames } from "./frame.js";
 import { listenToKeys } from "./keyboard.js";
 import { Lens } from "./lens.js";
 import { Minimap } from "./minimap.js";
@@ -11,13 +12,13 @@ import { listenToMouse } from "./mouse.js";
 import { Notices } from "./notices.js";
 import { bytes, whole } from "./number.js";
 import { Overlay } from "./overlay.js";
-import { decode } from "./packet.js";
 import { Player } from "./player.js";
 import { Screen } from "./screen.js";
 import { Settings } from "./settings.js";
 import { sketch } from "./sketch.js";
 import { download, savePicture } from "./snapshot.js";
 import { Start } from "./start.js";
+import { Status } from "./status.js";
 import { Steering } from "./steering.js";
 import { Timeline } from "./timeline.js";
 import { listenToTouch } from "./touch.js";
@@ -33,6 +34,7 @@ const send = (message) => {
   connection.send(message);
 };
 const notices = new Notices(at("notices"));
+const status = new Status();
 const screen = new Screen(at("dream"), at("truth"));
 const overlay = new Overlay(at("overlay"));
 const figures = new Figures();
@@ -46,8 +48,6 @@ const player = new Player(paint, (chunk) => send({ type: "seen", chunk }));
 let seed = null;
 let first = 1; // latents the world began with: no rewind goes further back
 let truth = true;
-let state = "waiting";
-let reason = "";
 let painted = false; // whether a frame of this world was on the screen
 let read = null; // the lens of the chunk on screen
 let latency = null;
@@ -56,29 +56,17 @@ let resumed = false; // the server took up the world this page already shows
 
 // ---- what is shown ----
 
-const veil = (text, action, act) => {
-  at("veil").hidden = text === null;
-  at("veil-says").textContent = text ?? "";
-  at("veil-act").textContent = action ?? "";
-  at("veil-act").onclick = act;
-};
-const say = (text, state) => {
-  const status = at("status");
-  if (status.textContent !== text) status.textContent = text;
-  status.dataset.state = state;
-};
-
-function tellState() {
-  const words = { running: "walking", waiting: "ready", loading: "preparing" }[state] ?? state;
-  say(reason && reason !== state ? `${words}: ${reason}` : words, state);
+function freeButtons() {
+  for (const what of ["world", "video"]) at(`save-${what}`).disabled = false;
 }
 
 function view(name) {
   root.dataset.view = name;
   steering.active = name === "walk";
   start.load(name === "loading");
-  at("place").textContent =
-    name !== "walk" ? "Walk in a dream" : seed === null ? "Your world" : `World ${whole(seed)}`;
+  const world = seed === null ? "Your world" : `World ${whole(seed)}`;
+  at("place").textContent = name === "walk" ? world : "Walk in a dream";
+  document.title = `${at("place").textContent} · decmem`;
 }
 
 const drawSketch = (value) => {
@@ -137,7 +125,7 @@ const timeline = new Timeline(
         paused = false;
         return;
       }
-      if (!paused && state === "running") {
+      if (!paused && status.state === "running") {
         paused = true;
         send({ type: "pause" });
       }
@@ -147,7 +135,7 @@ const timeline = new Timeline(
   },
 );
 
-const togglePause = () => send({ type: state === "paused" ? "resume" : "pause" });
+const togglePause = () => send({ type: status.state === "paused" ? "resume" : "pause" });
 
 // ---- the server's messages ----
 
@@ -164,8 +152,9 @@ connection
     steering.forget();
     settings.begin(hello);
     start.ready(hello);
-    veil(null);
-    say("ready", "waiting");
+    freeButtons();
+    status.veil(null);
+    status.say("ready", "waiting");
     if (hello.lost && root.dataset.view !== "start") {
       notices.error({
         problem: "The server no longer knows this world.",
@@ -179,19 +168,20 @@ connection
     if (root.dataset.view === "start") drawSketch(Number(start.seed.value));
   })
   .on("lost", ({ delay }) => {
-    say("no connection", "stopped");
+    status.say("no connection", "stopped");
     const seconds = Math.ceil(delay / 1000);
-    veil(`No connection. Trying again in ${seconds} s.`, "Try now", () => connection.connect());
+    const text = `No connection. Trying again in ${seconds} s.`;
+    status.veil(text, "Try now", () => connection.connect());
   })
   .on("queue", (queue) => {
     start.wait(queue);
-    say(queue.position > 0 ? `number ${queue.position} in the queue` : "ready", "waiting");
+    status.say(queue.position > 0 ? `number ${queue.position} in the queue` : "ready", "waiting");
   })
   .on("progress", (progress) => {
     // Saving and changing branches take a while too, but the walk stays on the screen.
     if (root.dataset.view === "start") view("loading");
     start.progress(progress);
-    say(`preparing, ${progress.done} of ${progress.total}`, "loading");
+    status.say(`preparing, ${progress.done} of ${progress.total}`, "loading");
   })
   .on("started", (world) => {
     // A connection that came back is told again what this page still knows better.
@@ -209,17 +199,17 @@ connection
       painted = false;
     }
     resumed = false;
-    say("waking", "loading");
     player.flush();
     at("back").hidden = false;
     view("walk");
+    status.tell("waking", "");
     at("hint").hidden = false;
     redraw();
     at("stage").focus({ preventScroll: true });
   })
   .on("settings", (values) => settings.show(values))
   .on("branches", (message) => {
-    tellState();
+    status.tell();
     if (branches.receive(message)) {
       player.flush();
       redraw();
@@ -238,56 +228,36 @@ connection
   })
   .on("file", ({ what, url, name, bytes: size }) => {
     at(`save-${what}`).disabled = false;
-    tellState();
+    status.tell();
     download(url, name);
     notices.note(`${name} is saved.`, bytes(size));
   })
-  .on("status", (message) => {
-    ({ state, reason } = message);
-    tellState();
-    at("pause").setAttribute("aria-pressed", state === "paused");
-    at("pause").setAttribute("aria-label", state === "paused" ? "Go on" : "Pause");
+  .on("status", ({ state, reason }) => {
+    status.tell(state, reason);
+    if (state === "stopped") notices.error({ problem: reason });
     if (state === "loading" && root.dataset.view !== "loading") view("loading");
     if (state === "waiting" && root.dataset.view === "loading") view("start");
   })
   .on("error", (error) => {
     notices.error(error);
     settings.restore();
-    for (const what of ["world", "video"]) at(`save-${what}`).disabled = false;
-    if (root.dataset.view === "loading") view("start");
+    freeButtons();
+    if (root.dataset.view !== "walk") view("start");
   })
   .on("bye", ({ reason }) => {
     const why = reason ? `: ${reason}` : "";
-    veil(`The server ended this walk${why}.`, "Begin again", () => connection.connect());
-    say("ended", "stopped");
+    status.veil(`The server ended this walk${why}.`, "Begin again", () => connection.connect());
+    status.say("ended", "stopped");
   })
   .on("closed", () => {
     const text = "The server closed this line: the walk goes on elsewhere, or the line was slow.";
-    veil(text, "Go on here", () => connection.connect());
-    say("closed", "stopped");
+    status.veil(text, "Go on here", () => connection.connect());
+    status.say("closed", "stopped");
   })
   .on("chunk", (header, pictures) => {
-    player.push(header, frames(header, pictures, settings.values.global_memory));
+    const remembered = settings.values.global_memory;
+    player.push(header, openFrames(header, pictures, latentFrames, { remembered }));
   });
-
-async function frames(header, pictures, remembered) {
-  const [dreams, truths] = await Promise.all([
-    decode(pictures, "dream", "frame"),
-    decode(pictures, "truth", "frame"),
-  ]);
-  const before = header.latents - Math.ceil(dreams.length / latentFrames);
-  return dreams.map((dream, i) => ({
-    header,
-    i,
-    dream,
-    truth: truths[i],
-    psnr: header.psnr?.[i] ?? null,
-    pose: header.poses?.[i] ?? null,
-    latent: before + Math.floor(i / latentFrames) + 1,
-    remembered,
-    last: i === dreams.length - 1,
-  }));
-}
 
 // ---- the person ----
 

@@ -34,7 +34,8 @@ export class Start {
     this.#ready = true;
     this.enter.disabled = false;
     this.queue.hidden = true;
-    const machine = { Model: hello.preset, Frame: hello.size.toReversed().join(" × "), Runs: hello.machine };
+    const frame = hello.size.toReversed().join(" × ");
+    const machine = { Model: hello.preset, Frame: frame, Runs: hello.machine };
     const list = document.getElementById("machine");
     list.replaceChildren();
     for (const [term, value] of Object.entries(machine)) {
@@ -42,7 +43,7 @@ export class Start {
       const pair = document.createElement("div");
       pair.append(document.createElement("dt"), document.createElement("dd"));
       pair.firstChild.textContent = term;
-      pair.lastChild.textContent = typeof value === "string" ? value : Object.values(value).join(", ");
+      pair.lastChild.textContent = value;
       list.append(pair);
     }
   }
@@ -99,7 +100,6 @@ export class Start {
       }
     } catch (error) {
       this.notices.error(error.notice ?? offline());
-    } finally {
       this.enter.disabled = false;
     }
   }

@@ -7,7 +7,10 @@ const STEEP = Math.sin(Math.PI / 8); // a direction counts within 67.5 degrees o
 export function listenToTouch(steering, { stick, knob, look, jump, sprint }) {
   let running = false;
   let walking = [];
-  const hold = () => steering.hold("stick", running && walking.length ? [...walking, "sprint"] : walking);
+  const hold = () => {
+    const sprinting = running && walking.length > 0;
+    steering.hold("stick", sprinting ? [...walking, "sprint"] : walking);
+  };
 
   drag(stick, (event) => {
     const box = stick.getBoundingClientRect();
