@@ -36,6 +36,8 @@ class CodecTraining:
         noise: added to unit-RMS latents, so that the decoder bears a generator's errors.
         l1, mse, gradient: weights of the losses.
         lone: share of clips cut from the start of a walk, where one frame is a latent.
+        equivariance: weight of the loss that halved latents are a halved picture (EQ-VAE, arXiv
+            2502.09509: latents of this kind are easier to generate). 0 leaves it out.
     """
 
     steps: int = 12_000
@@ -50,6 +52,7 @@ class CodecTraining:
     mse: float = 8.0
     gradient: float = 0.5
     lone: float = 0.2
+    equivariance: float = 0.0
     average: float = 0.999
 
 

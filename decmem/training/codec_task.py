@@ -1,6 +1,7 @@
 """Learning the codec: clips in, the same clips out through a narrow latent."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from decmem.training.seeds import device_generator, host_generator
 from decmem.training.trainer import Task
 from decmem.training.walk_cache import rendered_walks
 
+_SHRUNK_SHARE = 4
+"""One clip in so many is also asked for at half its size."""
+
 
 def reconstruction_loss(
     out: Float[Tensor, "N 12 H W"], truth: Float[Tensor, "N 12 H W"], config: CodecTraining
@@ -20,6 +24,12 @@ def reconstruction_loss(
     loss = config.l1 * error.abs().mean() + config.mse * error.square().mean()
     down, across = error.diff(dim=-2), error.diff(dim=-1)
     return loss + config.gradient * (down.abs().mean() + across.abs().mean()) / 2
+
+
+def halved(raw: Float[Tensor, "N C h w"]) -> Float[Tensor, "N C h2 w2"]:
+    """Raw latents at half their size, of unit RMS over channels again (zeros stay zeros)."""
+    z = F.avg_pool2d(raw, 2)
+    return z * torch.rsqrt(z.square().mean(1, keepdim=True) + 1e-6)
 
 
 class CodecTask(Task):
@@ -74,6 +84,12 @@ class CodecTask(Task):
         previous = torch.where(known[:, :, None, None, None], previous, 0.0)
         out = codec.pictures(z.flatten(0, 1), previous.flatten(0, 1))
         loss = reconstruction_loss(out, x, self.config)
+        if self.config.equivariance:
+            count = groups.shape[1] * max(1, len(groups) // _SHRUNK_SHARE)
+            small = (t.flatten(0, 1)[:count] for t in (z, previous))
+            out_small = codec.pictures(*(halved(t) for t in small))
+            small_loss = reconstruction_loss(out_small, F.avg_pool2d(x[:count], 2), self.config)
+            loss = loss + self.config.equivariance * small_loss
         with torch.no_grad():
             shown = (out.clamp(-1, 1) - x).square().unflatten(1, (FRAMES_PER_LATENT, 3))
             psnr = 10 * torch.log10(4 / shown.mean((2, 3, 4)).clamp(min=1e-8)).mean()

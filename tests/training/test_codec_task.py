@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from decmem.experiment import CodecTraining
-from decmem.training.codec_task import CodecTask, reconstruction_loss
+from decmem.training.codec_task import CodecTask, halved, reconstruction_loss
 from decmem.training.trainer import Task
 
 
@@ -115,3 +115,28 @@ def test_measured_statistics_normalise_the_latents(codec_task: CodecTask) -> Non
         z = codec.encode_groups(x)
     assert z.mean((0, 2, 3)).abs().max() < 1e-3
     assert (z.std((0, 2, 3)) - 1).abs().max() < 1e-2
+
+
+def test_halved_latents_are_raw_latents_again() -> None:
+    z = torch.randn(2, 8, 4, 6)
+    z[1] = 0.0
+    small = halved(z)
+    assert small.shape == (2, 8, 2, 3)
+    torch.testing.assert_close(small[0].square().mean(0), torch.ones(2, 3), atol=1e-4, rtol=0)
+    assert not small[1].any()
+    corner = z[0, :, :2, :2].mean((1, 2))
+    torch.testing.assert_close(small[0, :, 0, 0], corner / corner.square().mean().sqrt())
+
+
+def test_equivariance_asks_halved_latents_for_a_halved_picture(codec_task: CodecTask) -> None:
+    plain, _ = codec_task(0, 0.0)
+    codec_task.config = dataclasses.replace(codec_task.config, equivariance=2.0)
+    twice, _ = codec_task(0, 0.0)
+    codec_task.config = dataclasses.replace(codec_task.config, equivariance=1.0)
+    once, _ = codec_task(0, 0.0)
+    assert once > plain
+    torch.testing.assert_close(twice - once, once - plain)
+    once.backward()
+    grad = next(codec_task.network.encoder.parameters()).grad
+    assert grad is not None
+    assert grad.abs().sum() > 0
