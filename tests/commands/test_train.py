@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from decmem import __version__, shards
 from decmem.cli import main
@@ -111,7 +112,12 @@ def test_codec_run(codec: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "init": None,
         "codec": to_plain(TINY.codec),
     }
+    # The average of the weights is what is given away; matrices as fp16.
+    state = load_file(codec.parent / "step_00000002" / "state.safetensors")
     made = load_codec(codec)
+    for name, x in made.named_parameters():
+        average = state[f"average/{name}"]
+        assert x.equal(average.half().float() if x.dim() >= 2 else average), name
     assert made.mean.any(), "the statistics of the latents were measured"
     assert not made.deviation.eq(1).any()
     # Three worlds, truth above reconstruction, six frames each.
