@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from websockets.asyncio.client import connect
 
-from decmem.evaluation.machine import code_commit, describe_machine
+from decmem.machine import code_commit, describe_machine
 
 START_SECONDS = 600
 

@@ -51,9 +51,9 @@ class Demo:
             shoot,
             write_demo,
         )
-        from decmem.evaluation.machine import code_commit, describe_machine, usable_cores
         from decmem.evaluation.protocol import BANK_FRAMES, held_out_seeds
         from decmem.experiment import shipped_weights, weights_sha256
+        from decmem.machine import code_commit, describe_machine, usable_cores
         from decmem.rollout import Session
         from decmem.world.episode import Episode, render_episode
         from decmem.world.version import HELD_OUT_SEED_BASE, WORLD_VERSION

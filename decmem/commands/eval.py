@@ -66,11 +66,11 @@ class Evaluate:
 
     def run(self) -> None:
         """Roll out what is missing, and write the tables after every batch of worlds."""
-        from decmem.evaluation.machine import code_commit, describe_machine, usable_cores
         from decmem.evaluation.protocol import LONG_WINDOW, WINDOWS, Protocol, held_out_seeds
         from decmem.evaluation.record import write_results
         from decmem.evaluation.runner import Runner
         from decmem.experiment import shipped_weights, weights_sha256
+        from decmem.machine import code_commit, describe_machine, usable_cores
         from decmem.rollout import Session
         from decmem.world.episode import Episode, render_episode
         from decmem.world.version import WORLD_VERSION

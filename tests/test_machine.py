@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decmem.evaluation import machine
+from decmem import machine
 
 
 def git(folder: Path, *arguments: str) -> str:
