@@ -128,7 +128,9 @@ class Visitor:
         self.wait_for_view("walk")
 
     def wait_for_view(self, name: str) -> None:
-        self.page.wait_for_selector(f"html[data-view={name}]", state="attached")
+        # The first world of a machine waits until the renderer is compiled.
+        view = f"html[data-view={name}]"
+        self.page.wait_for_selector(view, state="attached", timeout=4 * SOON)
 
     def hears(
         self,
