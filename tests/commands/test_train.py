@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from decmem import __version__, shards
+from decmem import __version__, experiment, shards
 from decmem.cli import main
 from decmem.codec import Autoencoder
 from decmem.experiment import load_codec, load_model, to_plain
@@ -250,13 +250,12 @@ def test_weights_that_do_not_fit_are_told_before_any_work(
         raise AssertionError("walks were rendered first")
 
     monkeypatch.setattr(runs, "LatentCache", worked)
-    cut = tmp_path / "cut.safetensors"
+    none, cut = tmp_path / "none.safetensors", tmp_path / "cut.safetensors"
     cut.write_bytes(codec.read_bytes()[:1000])
     out = str(tmp_path / "out")
     for stage in ("memory", "causal"):
         for flags, told in (
-            ([], "--codec: "),  # the package ships no codec of this preset
-            (["--codec", str(tmp_path / "none.safetensors")], "--codec: "),
+            (["--codec", str(none)], f"--codec: {none} is missing"),
             (["--codec", str(cut)], f"--codec: {cut} is damaged"),
             (["--codec", str(causal)], f"--codec: {causal} holds model, not a codec"),
             (["--codec", str(other_codec)], f"--codec: {other_codec} has 8 latent channels, tiny"),
@@ -265,10 +264,13 @@ def test_weights_that_do_not_fit_are_told_before_any_work(
         ):
             line = refused(capsys, stage, *SMALL, *flags, "--out", out)
             assert line.startswith(told)
-            assert "is missing" in line or told != "--codec: "
     assert refused(capsys, "codec", *SMALL, "--init", str(other_codec), "--out", out).startswith(
         f"--init: {other_codec} does not fit this preset"
     )
+    # Without the flag it is the preset's own codec, and this preset ships none.
+    monkeypatch.setattr(experiment, "shipped_weights", lambda name: tmp_path / name)
+    line = refused(capsys, "memory", *SMALL, "--out", out)
+    assert line.startswith(f"--codec: {tmp_path / 'tiny-codec'} is missing")
     assert names(tmp_path) == {"cut.safetensors"}
 
 
