@@ -34,7 +34,7 @@ test-compiled: $(VENV)/.installed-dev ## torch.compile, which the run-time shape
 	$(PYTEST) --no-shape-checks tests/compiled --durations=5
 
 bench: $(VENV)/.installed-play ## time the parts; the JSON goes to benchmarks/results
-	$(BIN)/decmem bench
+	$(BIN)/decmem bench rollout --out benchmarks/results
 
 format: $(VENV)/.installed-dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

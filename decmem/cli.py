@@ -10,6 +10,7 @@ from tyro.extras import SubcommandApp
 
 from decmem import __version__
 from decmem.commands import Command
+from decmem.commands.bench import BenchRollout
 from decmem.commands.demo import Demo
 from decmem.commands.eval import Evaluate
 from decmem.commands.play import Play
@@ -21,6 +22,7 @@ from decmem.storage import place_error
 
 # Every command, by the words that call it, in the order `decmem --help` shows them.
 COMMANDS: dict[str, Callable[..., Command]] = {
+    "bench rollout": BenchRollout,
     "demo": Demo,
     "eval": Evaluate,
     "play": Play,
@@ -33,6 +35,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 
 # The first word of every command of two words.
 GROUPS = {
+    "bench": "How fast the parts are on this machine.",
     "world": "The block world: endless terrain from a seed.",
     "train": "Train the parts, from rendered worlds to weights.",
 }

@@ -12,6 +12,7 @@ import torch
 from decmem.codec import Autoencoder, CodecConfig
 from decmem.errors import UserError
 from decmem.flow import FlowConfig
+from decmem.memory import MemoryName
 from decmem.model import ModelConfig, WorldModel, initialise
 from decmem.shards import load_weights, weights_sha256
 
@@ -108,6 +109,16 @@ class Experiment:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     codec_training: CodecTraining = field(default_factory=CodecTraining)
     memory_training: MemoryTraining = field(default_factory=MemoryTraining)
+
+    def with_memory(self, memory: MemoryName) -> "Experiment":
+        """The same with another memory; `dense` sees all history in its window."""
+        reading = self.model.reading
+        if memory == "dense":
+            reading = dataclasses.replace(
+                reading, reach=dataclasses.replace(reading.reach, window=None)
+            )
+        model = dataclasses.replace(self.model, memory=memory, reading=reading)
+        return dataclasses.replace(self, model=model)
 
     def build_codec(self) -> Autoencoder:
         """A codec with fresh weights."""

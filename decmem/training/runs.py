@@ -11,7 +11,7 @@ import torch
 from decmem.codec import Autoencoder
 from decmem.errors import UserError
 from decmem.experiment import Experiment, load_codec, pick_device, to_plain
-from decmem.memory import MemoryName, Reach
+from decmem.memory import MemoryName
 from decmem.model import WorldModel
 from decmem.presets import preset
 from decmem.shards import load_weights, weights_sha256
@@ -81,13 +81,9 @@ def train_memory(
     experiment, place, run = _start(options, name)
     try:
         config = _changed(experiment.memory_training, options)
-        shape = experiment.model
         if memory is not None:
-            reach: Reach = shape.reading.reach
-            if memory == "dense":
-                reach = dataclasses.replace(reach, window=None)
-            reading = dataclasses.replace(shape.reading, reach=reach)
-            shape = dataclasses.replace(shape, memory=memory, reading=reading)
+            experiment = experiment.with_memory(memory)
+        shape = experiment.model
         codec = _given(load_codec, codec_weights, "--codec")
         if codec.latent_channels != shape.latent_channels:
             raise UserError(
@@ -106,7 +102,6 @@ def train_memory(
         # What does not fit is told at once, before walks are rendered.
         settings = _settings(options, made, place, run)
         codec = _on(place, codec)
-        experiment = dataclasses.replace(experiment, model=shape)
         model = _started_from(options.init, experiment.build_model(options.seed)).to(place.device)
         cache = LatentCache(
             codec, config.walks, config.latents, shape.size, place.device, place.rank

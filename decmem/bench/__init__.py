@@ -1,0 +1,1 @@
+"""Speed: medians measured side by side in one run, with what the clock covers."""

@@ -1,0 +1,111 @@
+"""``decmem bench``: how fast the parts are on this machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from decmem.commands.stages import stage_bars
+from decmem.errors import UserError
+
+
+@dataclass(frozen=True)
+class BenchRollout:
+    """Time a chunk of a roll-out by the length of its history, with random weights.
+
+    Decoupled memory stays level where dense attention grows: that is the paper's figure 1b. The
+    clock covers all denoising steps and the write pass; with --codec the decoding too.
+
+    Example: decmem bench rollout --preset pocket --device cpu --history 60 600 --out out/bench
+
+    Writes rollout_DEVICE.json and prints the same as a table.
+    """
+
+    preset: str = "pocket"
+    """Which model; its weights are random, speed does not depend on them."""
+
+    history: tuple[int, ...] = (60, 200, 600)
+    """Latents in the bank, four frames each."""
+
+    memory: tuple[Literal["decoupled", "dense", "window"], ...] = ("decoupled", "dense")
+    """Memories to compare."""
+
+    steps: int | None = None
+    """Denoising steps; default the preset's."""
+
+    guidance: float | None = None
+    """Strength of action guidance: a second branch in every step. Default none."""
+
+    chunk: int | None = None
+    """Latents generated together; default the preset's 4."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of activations and bank; auto is bf16 on a GPU, fp32 on a CPU."""
+
+    codec: bool = False
+    """Decode to frames inside the clock."""
+
+    repeats: int = 7
+    """The median of so many chunks."""
+
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    out: Path = Path("out/bench")
+    """Folder for the JSON file."""
+
+    def run(self) -> None:
+        """Measure, print, write."""
+        import torch
+
+        from decmem.bench.rollout import RolloutBench
+        from decmem.experiment import pick_device
+        from decmem.machine import code_commit, describe_machine
+        from decmem.presets import preset
+        from decmem.storage import write_json
+
+        for name, values in (("history", self.history), ("memory", self.memory)):
+            if not values:
+                raise UserError(f"--{name}", "none given", "Give one or more")
+        if min(self.history) < 1:
+            raise UserError("--history", f"got {min(self.history)}", "Give 1 latent or more")
+        for name in ("steps", "chunk", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}", f"got {value}, expected at least 1", "Raise it")
+        experiment = preset(self.preset)
+        device = pick_device(self.device)
+        gpu = device.type == "cuda"
+        dtype = torch.bfloat16 if self.dtype == "bf16" or (self.dtype == "auto" and gpu) else None
+        bench = RolloutBench(
+            experiment,
+            device,
+            dtype or torch.float32,
+            self.history,
+            self.memory,
+            self.steps,
+            self.guidance,
+            self.chunk,
+            self.codec,
+            self.repeats,
+        )
+        with stage_bars(single=True) as watch:
+            rows = list(bench.rows(watch))
+        path = self.out / f"rollout_{device.type}.json"
+        write_json(
+            path,
+            {
+                "schema_version": 1,
+                "theme": "rollout",
+                "commit": code_commit(),
+                "machine": describe_machine(device),
+                "weights": "random",
+                "repeats": self.repeats,
+                "rows": rows,
+            },
+        )
+        print("| memory | history | ms per chunk | frames/s |")
+        print("| --- | --- | --- | --- |")
+        for row in rows:
+            figures = f"{row['ms_per_chunk']:.1f} | {row['fps']:.2f}"
+            print(f"| {row['memory']} | {row['history']} | {figures} |")
+        print(f"{path} holds every figure and the machine.")
