@@ -27,31 +27,81 @@ class History:
         self.conditions: Conditions | None = None
         self.latents: Tensor | None = None
         self.written: list[Written] = []
+        # The last write pass may still be owed to the bank: the next chunk pays it on the way.
+        self._owing = False
 
     @property
     def length(self) -> int:
         """Latents so far."""
-        return 0 if self.bank is None else self.bank.length
+        return 0 if self.latents is None else self.latents.shape[1]
+
+    @property
+    def last(self) -> Float[Tensor, "B 1 C h w"] | None:
+        """The newest latent: the decoder's context, whether it was seen or dreamed."""
+        return None if self.latents is None else self.latents[:, -1:]
 
     def write(
-        self, sampler: Sampler, latents: Float[Tensor, "B T C h w"], conditions: Conditions
+        self,
+        sampler: Sampler,
+        latents: Float[Tensor, "B T C h w"],
+        conditions: Conditions,
+        later: bool = False,
     ) -> None:
-        """The write pass over clean latents; the first one also chooses the bank's anchor."""
+        """The write pass over clean latents, now or `later`; the first one also chooses the
+        bank's anchor."""
+        self.settle(sampler)
         if self.bank is None:
             anchor = camera_centres(conditions.cameras[:, -1]).cpu()
             self.bank = sampler.model.new_bank(anchor, sampler.dtype)
-        sampler.write(self.bank, latents, conditions)
-        x, y, z = self.bank.anchor.unbind(-1)
-        anchor = tuple(zip(x.tolist(), y.tolist(), z.tolist(), strict=True))
+        if not later:
+            sampler.write(self.bank, latents, conditions)
         recall = sampler.recall
         self.written.append(
-            Written(latents.shape[1], recall.global_memory, recall.retrieved, anchor)
+            Written(latents.shape[1], recall.global_memory, recall.retrieved, self._anchor())
         )
+        self._owing = later
         if self.latents is None or self.conditions is None:
             self.latents, self.conditions = latents, conditions
         else:
             self.latents = torch.cat((self.latents, latents), 1)
             self.conditions = self.conditions.then(conditions)
+
+    @torch.no_grad()
+    def settle(self, sampler: Sampler) -> None:
+        """Writes what is owed to the bank."""
+        if self._owing and self.bank is not None:
+            last = self.written[-1]
+            recall = Recall(last.global_memory, last.retrieved)
+            latents, conditions = self._owed()
+            replace(sampler, recall=recall).write(self.bank, latents, conditions)
+            self._owing = False
+
+    def pay(self, sampler: Sampler) -> tuple[Tensor, Conditions] | None:
+        """What is owed, for a sampler that writes it in passing; None where it was settled."""
+        if not self._owing:
+            return None
+        last = self.written[-1]
+        if Recall(last.global_memory, last.retrieved) == sampler.recall:
+            return self._owed()
+        self.settle(sampler)
+        return None
+
+    def paid(self) -> None:
+        """What was owed is in the bank, perhaps behind another anchor."""
+        if self._owing:
+            self.written[-1] = replace(self.written[-1], anchor=self._anchor())
+            self._owing = False
+
+    def _owed(self) -> tuple[Tensor, Conditions]:
+        assert self.latents is not None
+        assert self.conditions is not None
+        part = slice(self.length - self.written[-1].latents, self.length)
+        return self.latents[:, part], self.conditions[part]
+
+    def _anchor(self) -> tuple[tuple[float, float, float], ...]:
+        assert self.bank is not None
+        x, y, z = self.bank.anchor.unbind(-1)
+        return tuple(zip(x.tolist(), y.tolist(), z.tolist(), strict=True))
 
     def rewind(self, sampler: Sampler, latents: int) -> None:
         """Back to the first `latents` latents, the bank's anchor included.
@@ -62,6 +112,7 @@ class History:
         if not 1 <= latents <= self.length:
             known = f"the world has 1 to {self.length}" if self.length else "nothing is known"
             raise UserError("latents", f"{latents}, {known}", "Choose one that was")
+        self.settle(sampler)
         assert self.bank is not None
         assert self.latents is not None
         assert self.conditions is not None
@@ -90,8 +141,9 @@ class History:
         self.written = kept
         self.latents, self.conditions = self.latents[:, :latents], self.conditions[:latents]
 
-    def fork(self) -> "History":
+    def fork(self, sampler: Sampler) -> "History":
         """An independent copy."""
+        self.settle(sampler)
         twin = copy.copy(self)
         twin.bank = None if self.bank is None else self.bank.fork()
         twin.written = list(self.written)
@@ -105,6 +157,7 @@ class History:
         """
         device = sampler.device
         latents, conditions = saved.latents.to(device), saved.conditions.to(device)
+        self.settle(sampler)
         passes = self._keep_common(sampler, saved, latents)
         for one in passes:
             if self.bank is None:

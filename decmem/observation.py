@@ -72,12 +72,25 @@ def valid_poses(world_to_camera: np.ndarray) -> Float[np.ndarray, "B F 4 4"]:
     return poses
 
 
-def continued(
-    last: Float[np.ndarray, "4 4"], actions: Float[np.ndarray, "F A"]
-) -> Float[np.ndarray, "F 4 4"]:
-    """Poses after `last` under these actions (motion's own first row is the start itself)."""
-    padded = np.concatenate((np.zeros_like(actions[:1]), actions))
-    return integrate(last, padded)[1:]
+def poses_after(
+    last: Float[np.ndarray, "B 4 4"],
+    actions: Float[np.ndarray, "B F A"],
+    given: np.ndarray | None,
+) -> Float[np.ndarray, "B F 4 4"]:
+    """The poses given for these actions; without, what the motion law makes of them after `last`.
+
+    Raises:
+        UserError: for poses of another count, or not rigid.
+    """
+    if given is None:
+        # Motion's own first row is the start itself.
+        led = np.concatenate((np.zeros_like(actions[:, :1]), actions), 1)
+        return np.stack([integrate(p, a)[1:] for p, a in zip(last, led, strict=True)])
+    posed = valid_poses(per_world(given, 3, "world_to_camera", len(last)))
+    if posed.shape[1] != actions.shape[1]:
+        problem = f"{posed.shape[1]} for {actions.shape[1]} actions"
+        raise UserError("world_to_camera", problem, "Give one each")
+    return posed
 
 
 def check_settings(

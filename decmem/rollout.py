@@ -31,8 +31,8 @@ from decmem.observation import (
     check_frames,
     check_settings,
     checked_seeds,
-    continued,
     per_world,
+    poses_after,
     slices_of,
     valid_actions,
     valid_poses,
@@ -61,7 +61,9 @@ class Session:
         sha256, codec_sha256: of the weights' files, for what is saved.
 
     Settings (`steps`, `guidance`, `chunk`, `retrieved`, `global_memory`, `lens`) are attributes
-    and may change between steps. With `lens` on, `seen` holds what the last chunk read.
+    and may change between steps. With `lens` on, `seen` holds what the last chunk read. With
+    `deferred` on, the write pass of a chunk is made along with the next chunk's first step: a pass
+    less, and the same but for rounding.
 
     Raises:
         UserError: for settings that do not fit the model.
@@ -95,6 +97,7 @@ class Session:
         self.retrieved = retrieved
         self.global_memory = True
         self.lens = False
+        self.deferred = False
         self.batch = batch
         self.seeds = checked_seeds(range(batch) if seeds is None else seeds, batch)
         self.weights_sha256 = sha256
@@ -160,6 +163,7 @@ class Session:
     @property
     def bank(self) -> Bank | None:
         """Keys and values of all latents; None before the first observation."""
+        self.history.settle(self.sampler)
         return self.history.bank
 
     @property
@@ -242,20 +246,16 @@ class Session:
         Raises:
             UserError: before any observation, or for counts and values that do not fit.
         """
-        if self.bank is None or self.conditions is None:
+        bank = self.history.bank
+        if bank is None or self.conditions is None:
             raise UserError("step", "nothing was observed yet", "Call observe first")
         self._check_settings()
         acted = valid_actions(per_world(actions, 2, "actions", self.batch))
         F = acted.shape[1]
         if F == 0 or F % FRAMES_PER_LATENT:
             raise UserError("actions", f"{F} actions, expected a multiple of 4", "Pad with no-ops")
-        if world_to_camera is None:
-            last = self.conditions.world_to_camera[:, -1, -1].cpu().numpy()
-            posed = np.stack([continued(p, a) for p, a in zip(last, acted, strict=True)])
-        else:
-            posed = valid_poses(per_world(world_to_camera, 3, "world_to_camera", self.batch))
-        if posed.shape[1] != F:
-            raise UserError("world_to_camera", f"{posed.shape[1]} for {F} actions", "Give one each")
+        last = self.conditions.world_to_camera[:, -1, -1].cpu().numpy()
+        posed = poses_after(last, acted, world_to_camera)
         lens = self.conditions.lens[:, -1:].cpu().expand(-1, F, -1)
         conditions = self._conditions(acted, posed, lens)
         made = []
@@ -264,9 +264,13 @@ class Session:
             steering = conditions[chunk]
             noise = self.sampler.noise(self.seeds, steering.time.tolist())
             self.seen = Lens() if self.lens else None
-            latents = self.sampler.generate(self.bank, steering, noise, self.seen)
-            stream = self._decoder_stream()
-            self.history.write(self.sampler, latents, steering)
+            if self.lens and self.steps == 1:
+                self.history.settle(self.sampler)  # the lens is for the chunk alone
+            owed = self.history.pay(self.sampler)
+            latents = self.sampler.generate(bank, steering, noise, self.seen, owed)
+            self.history.paid()
+            stream = DecoderStream(self.history.last)
+            self.history.write(self.sampler, latents, steering, later=self.deferred)
             self._clock("rollout", started)
             started = time.perf_counter()
             made.append(self.codec.decode(latents, stream).cpu())
@@ -304,7 +308,7 @@ class Session:
     def fork(self) -> "Session":
         """An independent copy that shares the model: both go on from here, each its own way."""
         twin = self.fresh()
-        twin.history = self.history.fork()
+        twin.history = self.history.fork(self.sampler)
         twin.timings = dict(self.timings)
         return twin
 
@@ -385,10 +389,6 @@ class Session:
         check_settings(
             self.config.chunk_sizes, self.chunk, self.steps, self.retrieved, self.guidance
         )
-
-    def _decoder_stream(self) -> DecoderStream:
-        """The decoder's context is the latent before, whether it was seen or dreamed."""
-        return DecoderStream(None if self.latents is None else self.latents[:, -1:])
 
     def _conditions(self, actions: np.ndarray, poses: np.ndarray, lens: Tensor) -> Conditions:
         acted, posed = torch.from_numpy(actions), torch.from_numpy(poses)

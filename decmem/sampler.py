@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decmem import flow
-from decmem.memory import Bank, Lens, Recall, bank_plan
+from decmem.memory import Bank, Lens, Recall, bank_plan, joint_plan
 from decmem.model import Conditions, WorldModel
 from decmem.model.conditioning import camera_centres
 
@@ -64,13 +64,16 @@ class Sampler:
         conditions: Conditions,
         noise: Float[Tensor, "B T C h w"],
         lens: Lens | None = None,
+        owed: tuple[Tensor, Conditions] | None = None,
     ) -> Float[Tensor, "B T C h w"]:
-        """Denoises one chunk behind the history; nothing is committed.
+        """Denoises one chunk behind the history; nothing of it is committed.
 
-        A `lens` watches the last step, where the picture is all but there.
+        A `lens` watches the last step, where the picture is all but there. Clean latents that are
+        still `owed` to the bank are written along with the first step: one pass for two.
         """
         self._keep_near(bank, conditions)
         B, T = noise.shape[:2]
+        begun = None if owed is None else self._write_and_begin(bank, owed, conditions, noise)
         plan = bank_plan(self.model.config.reading.reach, bank.length, T, T)
         steered = self.model.context(conditions, bank)
         free = None
@@ -83,12 +86,35 @@ class Sampler:
             z = z.to(self.dtype)
             watched = lens is not None and t == self.times[-2]
             recall = replace(self.recall, lens=lens) if watched else self.recall
-            v = self.model(z, at, steered, plan, bank, recall)
+            if begun is not None and t == self.times[0]:
+                v = begun
+            else:
+                v = self.model(z, at, steered, plan, bank, recall)
             if free is None or self.guidance is None:
                 return v
             return flow.guide(v, self.model(z, at, free, plan, bank, self.recall), self.guidance)
 
         return flow.solve(velocity, noise, self.times)
+
+    def _write_and_begin(
+        self,
+        bank: Bank,
+        owed: tuple[Tensor, Conditions],
+        conditions: Conditions,
+        noise: Float[Tensor, "B T C h w"],
+    ) -> Float[Tensor, "B T C h w"]:
+        """Writes what is owed and gives the first velocity of the chunk behind it."""
+        latents, known = owed
+        clean, T = latents.shape[1], noise.shape[1]
+        reach = self.model.config.reading.reach
+        plan = joint_plan(reach, bank.length, clean, self.write_chunk, T)
+        at = torch.zeros(len(noise), clean + T, device=self.device)
+        at[:, clean:] = self.times[0]
+        both = torch.cat((latents.float(), noise.float()), 1).to(self.dtype)
+        context = self.model.context(known.then(conditions), bank)
+        begun = self.model(both, at, context, plan, bank, self.recall)
+        bank.commit(known.cameras, known.lens, known.time)
+        return begun
 
     def write(
         self, bank: Bank, latents: Float[Tensor, "B T C h w"], conditions: Conditions

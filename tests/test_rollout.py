@@ -804,3 +804,49 @@ def test_the_lens_measures_both_branches(codec: Autoencoder, model: WorldModel) 
     one.global_memory = False
     one.step(future(4))
     assert one.seen.lists == []
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_deferred_write_pass_changes_nothing(
+    chunk: int, guidance: float | None, session: Callable[..., Session]
+) -> None:
+    prompt, late = (session(chunk=chunk, guidance=guidance) for _ in range(2))
+    late.deferred = True
+    data = known()
+    poses = strides(2.0, 24, data.world_to_camera[-1])  # far enough for the anchor to move
+    for one in (prompt, late):
+        one.observe(*data)
+    assert_alike(late.step(future(24), poses), prompt.step(future(24), poses))
+    torch.testing.assert_close(dreamt(late, 6), dreamt(prompt, 6), atol=1e-5, rtol=1e-5)
+    # What changes how the bank is written comes after what is owed to it.
+    late.lens = True
+    for one in (prompt, late):
+        one.retrieved, one.steps = 2, 1
+        one.step(future(8))
+    torch.testing.assert_close(dreamt(late, 2), dreamt(prompt, 2), atol=1e-5, rtol=1e-5)
+    assert late.seen is not None
+    assert late.seen.strengths().shape[1] == chunk
+    twin = late.fork()
+    for one in (prompt, late, twin):
+        one.rewind(9)
+        one.step(future(8))
+        torch.testing.assert_close(dreamt(one, 2), dreamt(prompt, 2), atol=1e-5, rtol=1e-5)
+
+
+def test_a_deferred_write_pass_saves_a_pass(
+    session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = session(steps=2, chunk=1)
+    one.deferred = True
+    one.observe(*known())
+    one.step(future(4))
+    passes = []
+    forward = WorldModel.forward
+    monkeypatch.setattr(
+        WorldModel, "forward", lambda *given: (passes.append(1), forward(*given))[1]
+    )
+    one.step(future(16))
+    assert len(passes) == 4 * 2
+    assert one.bank is not None
+    assert one.bank.length == one.length == 10

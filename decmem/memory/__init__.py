@@ -8,7 +8,7 @@ from decmem.memory.base import Memory, MemoryConfig, Reading, Recall
 from decmem.memory.decoupled import DecoupledMemory
 from decmem.memory.layout import TokenLayout
 from decmem.memory.lens import Lens
-from decmem.memory.plan import Plan, Reach, bank_plan, training_plan
+from decmem.memory.plan import Plan, Reach, bank_plan, joint_plan, training_plan
 from decmem.memory.position import PositionConfig
 from decmem.memory.windowed import WindowMemory
 
@@ -36,5 +36,6 @@ __all__ = [
     "TokenLayout",
     "WindowMemory",
     "bank_plan",
+    "joint_plan",
     "training_plan",
 ]

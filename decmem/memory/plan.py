@@ -143,3 +143,21 @@ def bank_plan(reach: Reach, history: int, latents: int, chunk: int) -> Plan:
             reach, history + start, history + end, pool
         )
     return _plan(local, candidates, history, 0)
+
+
+def joint_plan(reach: Reach, history: int, clean: int, write: int, chunk: int) -> Plan:
+    """`clean` latents that are written in chunks of `write`, and `chunk` noisy ones behind them.
+
+    Who sees whom is as in two passes, one after the other; velocities are those of the noisy ones.
+    """
+    pool, parts = history + clean + chunk, []
+    for start in range(0, clean, write):
+        parts.append((start, min(start + write, clean)))
+    parts.append((clean, clean + chunk))
+    local = torch.zeros(clean + chunk, pool, dtype=torch.bool)
+    candidates = torch.zeros(clean + chunk, pool, dtype=torch.bool)
+    for start, end in parts:
+        local[start:end], candidates[start:end] = _chunk_rows(
+            reach, history + start, history + end, pool
+        )
+    return _plan(local, candidates, history, clean)

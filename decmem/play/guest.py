@@ -163,7 +163,7 @@ class Guest:
             return "waiting", "choose where to begin"
         if self.failed:
             return "stopped", self.failed
-        bank = self.journey.session.bank
+        bank = self.journey.session.history.bank
         assert bank is not None
         most = min(
             self.studio.bounds.latents, self.studio.bounds.bank_bytes // bank.bytes_per_latent

@@ -152,7 +152,8 @@ class Journey:
                 raise
         conditions = session.conditions
         assert conditions is not None
-        assert session.bank is not None
+        bank = session.history.bank
+        assert bank is not None
         T = len(actions) // FRAMES_PER_LATENT
         shown = conditions.world_to_camera[0, -T:].flatten(0, 1).cpu().numpy()
         truth, spent = rendering.result() if rendering else (None, 0.0)
@@ -171,7 +172,7 @@ class Journey:
             session.length,
             session.seen,
             times,
-            session.bank.allocated_bytes,
+            bank.allocated_bytes,
         )
 
     def rewind(self, latents: int) -> None:

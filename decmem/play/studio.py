@@ -49,6 +49,7 @@ class Studio:
         """Loads the model. Raises `UserError` as `Session.open` does."""
         session = Session.open(preset, weights, codec_weights, device=device)
         pace = PACES["cuda" if session.device.type == "cuda" else "cpu"]
+        session.deferred = True
         session.steps = pace.steps if steps is None else steps
         sizes = session.config.chunk_sizes
         session.chunk = pace.chunk if pace.chunk in sizes else min(sizes)
