@@ -231,7 +231,7 @@ class Session:
             raise UserError("picture", "a world has begun already", "Call reset first")
         pose = look((0.0, 1.62, 0.0), 0.0, 0.0) if world_to_camera is None else world_to_camera
         lens = default_intrinsics(self.config.size) if intrinsics is None else intrinsics
-        self.observe(picture[None], np.zeros((1, A), np.float32), pose[None], lens[None])
+        self.observe(np.array(picture)[None], np.zeros((1, A), np.float32), pose[None], lens[None])
 
     @torch.no_grad()
     def step(

@@ -20,7 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_clip(
-    video: str | Path, track: str | Path, size: tuple[int, int], fps: float
+    video: str | Path,
+    track: str | Path,
+    size: tuple[int, int],
+    fps: float,
+    limit: int | None = None,
 ) -> tuple[Episode, TrackFile | None]:
     """The clip as an episode of this size and rate, and what the track holds beyond the video.
 
@@ -28,10 +32,14 @@ def load_clip(
     track longer than its video says how the clip goes on: the rest is given back.
 
     Raises:
-        UserError: for files that cannot be read or do not belong together.
+        UserError: for files that cannot be read or do not belong together, and for a video of more
+            than `limit` frames, which is not read to its end.
     """
     known = _load_sound_track(track, "--track")
-    frames, rate = read_video(video, size, known.fps, argument="--memory")
+    most = None if limit is None else limit + 1
+    frames, rate = read_video(video, size, known.fps, limit=most, argument="--memory")
+    if limit is not None and len(frames) > limit:
+        raise UserError("--memory", f"a video of more than {limit} frames", "give a shorter one")
     if len(frames) > len(known):
         raise UserError(
             "--track",

@@ -38,7 +38,8 @@ class Bounds:
             which it is shown out. unseen: chunks sent that it has not painted yet.
         picture_bytes, video_bytes, track_bytes, world_bytes: of an upload.
         memory_frames: 1 + 4n frames of a block world are walked before the person steers.
-        video_frames: the newest frames of an uploaded video that are remembered.
+        video_frames: the newest frames of an uploaded video that are remembered. video_read: the
+            most it may have. unpacked_bytes: of a track.
         keep_seconds: a world waits so long for a connection that was lost.
         idle_seconds: generation stops when nobody has steered for so long.
         send_seconds: a client that takes in nothing for so long is let go.
@@ -58,6 +59,8 @@ class Bounds:
     world_bytes: int = 256 * 2**20
     memory_frames: int = 221
     video_frames: int = 801
+    video_read: int = 6000
+    unpacked_bytes: int = 256 * 2**20
     keep_seconds: float = 300.0
     idle_seconds: float = 300.0
     send_seconds: float = 20.0

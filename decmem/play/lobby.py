@@ -140,4 +140,7 @@ class Lobby:
                 # A guest without a world, or one others wait for, is not kept as long.
                 patience = min(keep, 20.0) if self._queue or not guest.begun else keep
                 if guest.line is None and away > patience:
-                    await self.dismiss(guest, "gone")
+                    try:
+                        await self.dismiss(guest, "gone")
+                    except Exception:
+                        _log.exception("a world could not be let go")

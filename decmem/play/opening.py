@@ -1,5 +1,6 @@
 """Where a world begins: a seed, or what the visitor handed in."""
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,26 @@ def _from_kind(
         raise UserError("track", "a video needs its track", "Give the track (.npz) first")
     else:
         yield Progress("encode", 0, 1)
-        yield from journey.begin_clip(_newest(path, track, size, bounds.video_frames))
+        _check_unpacked(track, bounds.unpacked_bytes)
+        yield from journey.begin_clip(_newest(path, track, size, bounds))
 
 
-def _newest(video: Path, track: Path, size: tuple[int, int], frames: int) -> Episode:
+def _check_unpacked(track: Path, most: int) -> None:
+    """Raises `UserError` for an archive that would unpack to more than `most` bytes."""
+    try:
+        with zipfile.ZipFile(track) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError("track", "not a readable npz file", "Write it again") from error
+    if size > most:
+        problem = f"it unpacks to {size / 2**20:.0f} MiB, more than {most / 2**20:.0f}"
+        raise UserError("track", problem, "Leave depth out, or give a shorter one")
+
+
+def _newest(video: Path, track: Path, size: tuple[int, int], bounds: Bounds) -> Episode:
     """The newest frames of a clip, whole latents of them."""
-    clip, _ = load_clip(video, track, size, FPS)
-    newest = slice(max(0, len(clip) - frames), None)
+    clip, _ = load_clip(video, track, size, FPS, limit=bounds.video_read)
+    newest = slice(max(0, len(clip) - bounds.video_frames), None)
     return whole_latents(
         Episode(
             clip.frames[newest],

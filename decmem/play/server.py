@@ -124,9 +124,9 @@ def serve(studio: Studio, host: str, port: int, allowed: tuple[str, ...], browse
         UserError: when the address cannot be used.
     """
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else host
-    url = f"http://{shown}:{port}/"
 
-    def opened() -> None:
+    def opened(port: int) -> None:
+        url = f"http://{shown}:{port}/"
         print(f"Walk in it: {url}  (Ctrl+C ends it)", flush=True)
         if browser:
             webbrowser.open(url)
@@ -145,11 +145,11 @@ def serve(studio: Studio, host: str, port: int, allowed: tuple[str, ...], browse
 class _Announcing(uvicorn.Server):
     """Says so once the port is open."""
 
-    def __init__(self, config: uvicorn.Config, opened: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, opened: Callable[[int], None]) -> None:
         super().__init__(config)
         self.opened = opened
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
         if self.started:
-            self.opened()
+            self.opened(self.servers[0].sockets[0].getsockname()[1])

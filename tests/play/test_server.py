@@ -173,7 +173,7 @@ def test_a_saved_world_comes_back(live: Callable, tmp_path: Path) -> None:
 
 
 def test_uploads_of_pictures_and_videos(live: Callable, tmp_path: Path) -> None:
-    server = live()
+    server = live(video_read=11, unpacked_bytes=100_000)
     client, hello = server.visitor()
     token = hello["session"]
     key = server.upload("picture", picture(), token)["id"]
@@ -195,6 +195,21 @@ def test_uploads_of_pictures_and_videos(live: Callable, tmp_path: Path) -> None:
     client.say("start", **{"from": "upload", "upload": video})
     assert client.hear("started")["latents"] == 3
     assert client.chunk()["latents"] == 4
+    client.say("pause")
+
+    # What would take much more memory than it looks is not unpacked.
+    stream = io.BytesIO()
+    np.savez_compressed(stream, zeros=np.zeros(10**6))
+    server.upload("track", stream.getvalue(), token)
+    client.say("start", **{"from": "upload", "upload": video})
+    assert "unpacks to" in client.hear("error")["problem"]
+    longer = render_episode(5, "free", 12, size=SIZE, supersample=1)
+    write_video(tmp_path / "a.mp4", longer.frames, longer.fps)
+    save_track(tmp_path / "a.npz", longer)
+    server.upload("track", (tmp_path / "a.npz").read_bytes(), token)
+    video = server.upload("video", (tmp_path / "a.mp4").read_bytes(), token)["id"]
+    client.say("start", **{"from": "upload", "upload": video})
+    assert "more than 11 frames" in client.hear("error")["problem"]
 
 
 def test_wrong_uploads_are_refused_and_change_nothing(live: Callable) -> None:
@@ -369,3 +384,11 @@ def test_a_full_memory_stops_the_world(live: Callable) -> None:
     client.say("rewind", latent=2)
     client.hear("rewound")
     assert client.chunk()["latents"] == 3
+
+
+def test_the_command_may_choose_the_world(live: Callable) -> None:
+    server = live()
+    server.lobby.studio.opening = {"from": "seed", "seed": 3}
+    client, _ = server.visitor()
+    assert client.hear("started")["seed"] == 3
+    assert client.chunk()["chunk"] == 1
