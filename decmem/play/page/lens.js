@@ -71,6 +71,8 @@ export class Lens {
     [canvas.width, canvas.height] = [Math.round(HEIGHT * this.aspect), HEIGHT];
     const context = canvas.getContext("2d");
     const picture = this.thumbnails.get(block.latent);
+    context.fillStyle = "#5c6066"; // until its picture has come
+    context.fillRect(0, 0, canvas.width, canvas.height);
     if (picture) context.drawImage(picture, 0, 0, canvas.width, canvas.height);
     const [w, h] = [canvas.width / columns, canvas.height / rows];
     const [x, y] = [(block.block % columns) * w, Math.floor(block.block / columns) * h];

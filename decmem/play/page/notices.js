@@ -1,6 +1,6 @@
 // Messages to the person: what went wrong and what helps, or a file that is ready.
 
-const STAY = { error: 15_000, note: 8_000 };
+const STAY = { error: 15_000, done: 8_000 };
 const MOST = 3;
 
 export class Notices {
@@ -10,11 +10,11 @@ export class Notices {
 
   error({ argument, problem, cure }) {
     const named = argument ? `${argument}: ${problem}` : problem;
-    return this.#add("error", named, cure);
+    return this.#add("error", sentence(named), cure && sentence(cure));
   }
 
-  note(text, link = null) {
-    return this.#add("note", text, link);
+  done(text, more) {
+    return this.#add("done", text, more);
   }
 
   #add(kind, text, more) {
@@ -42,3 +42,5 @@ export class Notices {
     return notice;
   }
 }
+
+const sentence = (text) => (/[.!?]$/.test(text) ? text : `${text}.`);

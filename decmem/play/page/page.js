@@ -230,7 +230,7 @@ connection
     at(`save-${what}`).disabled = false;
     status.tell();
     download(url, name);
-    notices.note(`${name} is saved.`, bytes(size));
+    notices.done(`${name} is saved.`, bytes(size));
   })
   .on("status", ({ state, reason }) => {
     status.tell(state, reason);
