@@ -15,7 +15,7 @@ from decmem.world.render import Renderer
 from decmem.world.walks import make_walk
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _world(seed: int) -> World:
     """Worlds are never changed: visitors of one seed share it, and coming back costs nothing."""
     return build_world(seed)
