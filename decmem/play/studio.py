@@ -4,6 +4,7 @@ import asyncio
 import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,14 +28,21 @@ class Studio:
     they ask: the event loop never waits for it, and nobody starves.
     """
 
-    def __init__(self, session: Session, preset: str, bounds: Bounds, pace: Pace) -> None:
+    def __init__(
+        self,
+        session: Session,
+        preset: str,
+        bounds: Bounds,
+        pace: Pace,
+        worker: ThreadPoolExecutor | None = None,
+    ) -> None:
         self.session = session
         self.preset = preset
         self.bounds = bounds
         self.pace = pace
         # The start every new guest is given: the fields of a `start`, or a file of the server's.
         self.opening: dict[str, Any] | None = None
-        self.worker = ThreadPoolExecutor(1, "model")
+        self.worker = worker or ThreadPoolExecutor(1, "model")
 
     @classmethod
     def open(
@@ -47,14 +55,19 @@ class Studio:
         bounds: Bounds,
     ) -> "Studio":
         """Loads the model. Raises `UserError` as `Session.open` does."""
-        session = Session.open(preset, weights, codec_weights, device=device)
+        # Model work is in the worker and nowhere else, loading included: OpenMP keeps a team for
+        # every thread that ever computed, and with more of them than cores it stops spinning,
+        # which on two cores makes each pass take twice as long.
+        worker = ThreadPoolExecutor(1, "model")
+        opening = partial(Session.open, preset, weights, codec_weights, device=device)
+        session = worker.submit(opening).result()
         pace = PACES["cuda" if session.device.type == "cuda" else "cpu"]
         session.deferred = True
         session.steps = pace.steps if steps is None else steps
         sizes = session.config.chunk_sizes
         session.chunk = pace.chunk if pace.chunk in sizes else min(sizes)
         _ = session.sampler  # the steps are checked here
-        return cls(session, preset, bounds, pace)
+        return cls(session, preset, bounds, pace, worker)
 
     def journey(self, noise_seed: int) -> Journey:
         """A new world, empty."""
