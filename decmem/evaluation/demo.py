@@ -78,7 +78,7 @@ def shoot(
             dreams.append(made[0])
             if global_memory:
                 clocks.append(dict(session.timings))
-        coded = through_codec(session, episode, seed)[bank:]
+        coded = through_codec(session, episode, bank, seed)
         truth = episode.frames[bank:]
         shown = dict(zip(CURVES, (*dreams, coded), strict=True))
         takes.append(

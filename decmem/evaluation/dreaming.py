@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from decmem.codec.base import FRAMES_PER_LATENT
 from decmem.world.episode import Episode
 
 PIECE = 16
@@ -103,8 +104,15 @@ def dream(
     return np.concatenate(made, axis=1)
 
 
-def through_codec(session: Dreamer, episode: Episode, seed: int) -> UInt8[np.ndarray, "F H W 3"]:
-    """The whole episode, from its first frame, through the autoencoder and back: the ceiling of
-    everything the model can show."""
+def through_codec(
+    session: Dreamer, episode: Episode, bank: int, seed: int
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """The frames behind the first ``bank`` (1 + 4n) through the autoencoder and back: the ceiling
+    of everything the model can show.
+
+    A frame hangs on its own latent and the one before: one latent of the bank is enough to begin
+    with, and the frames are those of the whole clip.
+    """
     begin(session, [seed])
-    return session.codec_roundtrip(episode.frames[None])[0]
+    start = max(0, bank - 1 - FRAMES_PER_LATENT)
+    return session.codec_roundtrip(episode.frames[None, start:])[0, bank - start :]

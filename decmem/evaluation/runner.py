@@ -93,7 +93,7 @@ class Runner:
         bank = self.protocol.bank
         dreams["codec"] = np.stack(
             [
-                through_codec(self.session, episode, seed)[bank:]
+                through_codec(self.session, episode, bank, seed)
                 for seed, episode in zip(seeds, episodes, strict=True)
             ]
         )
