@@ -32,6 +32,8 @@ from decmem.world.version import FPS
 
 _log = logging.getLogger(__name__)
 _MOST_REQUESTS = 32
+_RATE_SPAN = 3.0
+"""Seconds that frames per second are counted over."""
 _BEHIND = "the page is behind"
 
 
@@ -211,9 +213,9 @@ class Guest:
         )
         sent = time.monotonic()
         self._sent.append((sent, len(actions)))
-        while self._sent[0][0] < sent - 3:
+        while self._sent[0][0] < sent - _RATE_SPAN:
             self._sent.popleft()
-        fps = sum(frames for _, frames in self._sent) / max(3.0, 1e-3)
+        fps = sum(frames for _, frames in self._sent) / _RATE_SPAN
         header |= {
             "type": "chunk",
             "chunk": self.chunks,
