@@ -71,6 +71,8 @@ class MemoryTraining:
         decay_from: part of the training after which rates fall linearly to zero.
         history_noise: largest noise on the clean stream; history_noised: share of clips with it.
         drop_actions: share of clips whose actions are dropped, for guidance.
+        depth_weight: weight of the true depth's likelihood under what the surface group assumes;
+            0 leaves the depth to be found by its use, as on data without depth.
         average: decay of the weight average.
         compile: compile the blocks (GPU).
     """
@@ -89,6 +91,7 @@ class MemoryTraining:
     history_noise: float = 0.3
     history_noised: float = 0.7
     drop_actions: float = 0.1
+    depth_weight: float = 0.0
     average: float = 0.999
     compile: bool = False
 

@@ -13,7 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decmem.memory.layout import TokenLayout
-from decmem.memory.position import PositionConfig, camera_matrices, transform_quads
+from decmem.memory.position import (
+    PositionConfig,
+    camera_matrices,
+    surface_shift,
+    transform_quads,
+)
+from decmem.ops.rotary import Rotation, rotate_pairs
 from decmem.ops.selection import pool_blocks
 
 _SEGMENT = 64
@@ -143,11 +149,13 @@ class Bank:
     def rebase(self, anchor: Float[Tensor, "B 3"]) -> None:
         """Moves the anchor: every stored camera group is carried over to the new frame.
 
-        A stored key is P_old^-1 k; P_new^-1 P_old turns it into P_new^-1 k.
+        A stored key is P_old^-1 k; P_new^-1 P_old turns it into P_new^-1 k. Surfaces lie where
+        they did, seen from the new anchor.
         """
         device = self.layers[0].keys.device
         lens = self.lens.to(device)
         old, _ = camera_matrices(self.position, self.relative(self.world_to_camera), lens)
+        shift = (anchor.double().cpu() - self.anchor).to(device)
         self.anchor = anchor.double().cpu()
         _, new = camera_matrices(self.position, self.relative(self.world_to_camera), lens)
         carry = (new @ old)[:, None, :, None]  # (B, 1, T, 1, 4, 4)
@@ -158,6 +166,19 @@ class Bank:
                 part.copy_(transform_quads(part, carry))
             part = layer.pooled[:, :, : layer.length * M, :camera]
             part.copy_(transform_quads(part, carry[:, :, :, 0].repeat_interleave(M, dim=2)))
+            if self.position.surface:
+                self._carry_surfaces(layer, shift)
+
+    def _carry_surfaces(self, layer: LayerBank, shift: Float[Tensor, "B 3"]) -> None:
+        """R_srf of the points as they lie behind an anchor that moved by `shift`."""
+        turn = surface_shift(self.position, shift)
+        first = self.position.camera + self.position.space
+        group = slice(first, first + self.position.surface)
+        for stored in (layer.keys, layer.values):
+            part = stored[:, :, : layer.length, :, group]
+            part.copy_(rotate_pairs(part, turn))
+        part = layer.pooled[:, :, : layer.length * self.layout.M, group]
+        part.copy_(rotate_pairs(part, Rotation(*(x[:, :, 0] for x in turn))))
 
     def swap_history(self, order: Int[Tensor, "B"], keep_last: int) -> None:
         """Gives each world another's history (`order`), except the last `keep_last` latents.

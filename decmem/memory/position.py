@@ -1,9 +1,11 @@
 """Multimodal position embedding (section 3.5, appendix A.3): camera, space and time groups.
 
 R = diag(R_cam, R_sp, R_tem) over the channels of a head. Queries and keys carry all three,
-values and outputs camera and space only (eq. 5, 12, 13).
+values and outputs camera and space only (eq. 5, 12, 13). A fourth group, the surface's, is an
+addition of ours (`decmem.memory.surface`) and goes where camera and space go.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from decmem.errors import UserError
+from decmem.memory.surface import Sight, make_sight, point_angles, surface_rotation
 from decmem.ops.projective import projective_matrices, transform_quads
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
 
@@ -21,8 +24,9 @@ class PositionConfig:
     """Channels of a head and their scales.
 
     Args:
-        camera, space, time: channels of the groups; their sum is the head dimension.
+        camera, space, time, surface: channels of the groups; their sum is the head dimension.
         space_base, time_base: rotary bases.
+        surface_waves: shortest and longest wavelength of the surface group, metres.
         metre: weight of one metre in the projective matrices. Matters: logits grow with distance.
         reach: metres; cameras farther than this from the anchor are drawn in to it, which bounds
             the logits however long the walk. 0 switches it off.
@@ -33,32 +37,39 @@ class PositionConfig:
     camera: int = 24
     space: int = 24
     time: int = 24
+    surface: int = 0
     space_base: float = 10_000.0
     time_base: float = 10_000.0
+    surface_waves: tuple[float, float] = (1.5, 40.0)
     metre: float = 1 / 12
     reach: float = 0.0
     global_time: bool = True
 
     def __post_init__(self) -> None:
-        if self.camera % 4 or self.space % 4 or self.time % 2:
+        if self.camera % 4 or self.space % 4 or self.time % 2 or self.surface % 6:
             raise UserError(
                 "position",
-                f"groups of {self.camera}, {self.space}, {self.time} channels",
-                "Use multiples of 4 for camera and space, of 2 for time",
+                f"groups of {self.camera}, {self.space}, {self.time}, {self.surface} channels",
+                "Use multiples of 4 for camera and space, of 2 for time, of 6 for surface",
             )
 
     @property
     def head_dim(self) -> int:
-        return self.camera + self.space + self.time
+        return self.camera + self.space + self.surface + self.time
 
 
 class Position(NamedTuple):
-    """Rotations of the latents of one pass, ready to apply; layers share it."""
+    """Rotations of the latents of one pass, ready to apply; layers share all but the surface's.
+
+    `sight` is where and along which ray tokens look, for the layers to estimate `surface` from.
+    """
 
     projection: Float[Tensor, "B 1 T 1 4 4"]
     unprojection: Float[Tensor, "B 1 T 1 4 4"]
     space: Rotation
     time: Rotation
+    sight: Sight | None = None
+    surface: Rotation | None = None
 
 
 def draw_in(
@@ -92,6 +103,7 @@ def make_position(
     lens: Float[Tensor, "B T 4"],
     time: Int[Tensor, "T"],
     coordinates: Int[Tensor, "S 2"],
+    grid: tuple[int, int],
 ) -> Position:
     """Rotations for latents with these cameras (relative to the anchor), indices and patches."""
     projection, unprojection = camera_matrices(config, world_to_camera, lens)
@@ -103,6 +115,7 @@ def make_position(
         unprojection[:, None, :, None],
         rotation(torch.cat((column, row), dim=-1)),
         time_rotation(config, time),
+        make_sight(world_to_camera, lens, coordinates, grid) if config.surface else None,
     )
 
 
@@ -111,36 +124,59 @@ def time_rotation(config: PositionConfig, time: Int[Tensor, "T"]) -> Rotation:
     return rotation(rotary_angles(time, config.time, config.time_base)[:, None])
 
 
-def _groups(config: PositionConfig, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    camera, space, time = x.split((config.camera, config.space, config.time), dim=-1)
-    return camera, space, time
+def seeing(config: PositionConfig, position: Position, estimate: Tensor) -> Position:
+    """With the surfaces where one layer sees them (`SurfaceDepth`'s estimate)."""
+    assert position.sight is not None
+    turn = surface_rotation(position.sight, estimate, config.surface, config.surface_waves)
+    return position._replace(surface=turn)
+
+
+def surface_shift(config: PositionConfig, shift: Float[Tensor, "B 3"]) -> Rotation:
+    """What carries the surface group of stored keys to an anchor moved by `shift`.
+
+    Phases are taken modulo a turn in fp64: anchors may lie far apart.
+    """
+    angles = point_angles(shift.double(), config.surface, config.surface_waves)
+    return rotation((angles % (2 * math.pi)).float()[:, None, None, None])
+
+
+def _coded(config: PositionConfig, position: Position, x: Tensor, camera: Tensor) -> Tensor:
+    """R_sp^-1 and R_srf^-1 on their groups, behind a camera group that is coded already."""
+    space = x[..., config.camera : config.camera + config.space]
+    groups = [camera, rotate_pairs(space, position.space, inverse=True)]
+    rest = x[..., config.camera + config.space :].float()
+    if position.surface is not None:
+        groups.append(rotate_pairs(rest[..., : config.surface], position.surface, inverse=True))
+        rest = rest[..., config.surface :]
+    return torch.cat((*groups, rest), dim=-1).to(x.dtype)
 
 
 def encode_query(config: PositionConfig, position: Position, q: Tensor) -> Tensor:
     """R_cs^T q (eq. 5 without time), fp32 inside."""
-    camera, space, time = _groups(config, q)
-    camera = transform_quads(camera, position.projection, transpose=True)
-    space = rotate_pairs(space, position.space, inverse=True)
-    return torch.cat((camera, space, time.float()), dim=-1).to(q.dtype)
+    camera = transform_quads(q[..., : config.camera], position.projection, transpose=True)
+    return _coded(config, position, q, camera)
 
 
 def encode_key(config: PositionConfig, position: Position, k: Tensor) -> Tensor:
     """R_cs^-1 k (eq. 5 without time); the same for values (eq. 12), fp32 inside."""
-    camera, space, time = _groups(config, k)
-    camera = transform_quads(camera, position.unprojection)
-    space = rotate_pairs(space, position.space, inverse=True)
-    return torch.cat((camera, space, time.float()), dim=-1).to(k.dtype)
+    camera = transform_quads(k[..., : config.camera], position.unprojection)
+    return _coded(config, position, k, camera)
 
 
 def decode_output(config: PositionConfig, position: Position, o: Tensor) -> Tensor:
     """R_cs o (eq. 13), fp32 inside."""
-    camera, space, time = _groups(config, o)
-    camera = transform_quads(camera, position.projection)
-    space = rotate_pairs(space, position.space)
-    return torch.cat((camera, space, time.float()), dim=-1).to(o.dtype)
+    camera, space, rest = o.split(
+        (config.camera, config.space, config.surface + config.time), dim=-1
+    )
+    groups = [transform_quads(camera, position.projection), rotate_pairs(space, position.space)]
+    rest = rest.float()
+    if position.surface is not None:
+        groups.append(rotate_pairs(rest[..., : config.surface], position.surface))
+        rest = rest[..., config.surface :]
+    return torch.cat((*groups, rest), dim=-1).to(o.dtype)
 
 
 def encode_time(config: PositionConfig, x: Tensor, turn: Rotation) -> Tensor:
     """R_tem^T on the time group of queries or keys (eq. 5), fp32 inside."""
-    rest, time = x.split((config.camera + config.space, config.time), dim=-1)
+    rest, time = x.split((config.head_dim - config.time, config.time), dim=-1)
     return torch.cat((rest, rotate_pairs(time, turn, inverse=True).to(x.dtype)), dim=-1)

@@ -9,7 +9,8 @@ from decmem.memory import MEMORIES, Memory, MemoryConfig, MemoryName, PositionCo
 from decmem.memory.bank import LayerBank
 from decmem.memory.base import Reading, Recall, heads_first, heads_last
 from decmem.memory.plan import Plan
-from decmem.memory.position import Position
+from decmem.memory.position import Position, seeing
+from decmem.memory.surface import SurfaceDepth
 from decmem.model.linear import Linear, ScaledNorm, rms_norm
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
 
@@ -79,6 +80,8 @@ class SpatiotemporalAttention(nn.Module):
         self.out = Linear(width, width, bias=False)
         self.q_norm = HeadNorm(heads) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(heads) if qk_norm else nn.Identity()
+        self.position = position
+        self.surface = SurfaceDepth(width) if position.surface else None
         self.memory: Memory = MEMORIES[memory](config, position, layout, width)
 
     def forward(
@@ -89,12 +92,16 @@ class SpatiotemporalAttention(nn.Module):
         key_time: Tensor,
         bank: LayerBank | None,
         recall: Recall,
-    ) -> Float[Tensor, "B T S width"]:
+    ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
         q, k, v = (heads_first(part, self.head_dim) for part in self.qkv(x).chunk(3, dim=-1))
+        estimate = None
+        if self.surface is not None:
+            estimate = self.surface(x)
+            position = seeing(self.position, position, estimate)
         reading = Reading(
             x, self.q_norm(q), self.k_norm(k), v, position, plan, key_time, bank, recall
         )
-        return self.out(heads_last(self.memory(reading)))
+        return self.out(heads_last(self.memory(reading))), estimate
 
 
 class FeedForward(nn.Module):
@@ -142,9 +149,11 @@ class Block(nn.Module):
         key_time: Tensor,
         bank: LayerBank | None,
         recall: Recall,
-    ) -> Float[Tensor, "B T S width"]:
+    ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
+        """The tokens one block on, and the depths it saw them at where it has a surface group."""
         x = x + self.spatial(self.spatial_norm(x, time))
-        x = x + self.spatiotemporal(
+        read, estimate = self.spatiotemporal(
             self.memory_norm(x, time), position, plan, key_time, bank, recall
         )
-        return x + self.ffn(self.ffn_norm(x, time))
+        x = x + read
+        return x + self.ffn(self.ffn_norm(x, time)), estimate

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from decmem.memory.decoupled import DecoupledMemory
+from decmem.memory.surface import SurfaceDepth
 from decmem.model.block import Block, HeadNorm
 from decmem.model.linear import Linear, ScaledNorm
 from decmem.model.world_model import WorldModel
@@ -35,6 +36,8 @@ def initialise(model: WorldModel, seed: int = 0) -> None:
             module.gain.fill_(1.0)
         elif isinstance(module, DecoupledMemory):
             module.gate.weight.zero_()
+        elif isinstance(module, SurfaceDepth):
+            module.readout.weight.zero_()
         elif isinstance(module, Block):
             for branch in (module.spatial.out, module.spatiotemporal.out, module.ffn.down):
                 assert isinstance(branch, Linear)

@@ -193,6 +193,7 @@ class WorldModel(nn.Module):
             conditions.lens.repeat(1, streams, 1),
             conditions.time.repeat(streams),
             coordinates,
+            self.layout.grid,
         )
         action = self.action(conditions.actions)
         if steered is not None:
@@ -215,11 +216,12 @@ class WorldModel(nn.Module):
         plan: Plan,
         bank: Bank | None = None,
         recall: Recall | None = None,
+        depths: list[Float[Tensor, "B T S 2"]] | None = None,
     ) -> Float[Tensor, "B predicted C h w"]:
         """Velocity of the latents from `plan.predicted` on, fp32.
 
         With a bank, every layer stages its keys and values behind the history; nothing is
-        committed here.
+        committed here. `depths` receives every layer's estimate (`SurfaceDepth`), to learn from.
         """
         p = self.config.patch
         dtype = latents.dtype
@@ -230,7 +232,9 @@ class WorldModel(nn.Module):
         plan.prepare(self.layout.M, x.device)
         for i, block in enumerate(self.blocks):
             layer = None if bank is None else bank.layers[i]
-            x = block(x, time, context.position, plan, context.key_time, layer, recall)
+            x, seen = block(x, time, context.position, plan, context.key_time, layer, recall)
+            if depths is not None and seen is not None:
+                depths.append(seen)
         x = self.head_norm(x[:, plan.predicted :], time[:, plan.predicted :])
         velocity = self.layout.restore(self.head(x))
         h = self.layout.grid[0]

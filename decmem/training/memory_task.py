@@ -1,5 +1,7 @@
 """Learning the world: teacher forcing on [clean | noisy], all chunks of a clip in parallel."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,10 +9,20 @@ from torch import Tensor
 from decmem import flow
 from decmem.experiment import MemoryTraining
 from decmem.memory import training_plan
+from decmem.memory.surface import depth_loss
 from decmem.model import Conditions, WorldModel
 from decmem.training.latent_cache import LatentCache
 from decmem.training.seeds import device_generator, host_generator
 from decmem.training.trainer import Task
+
+
+class Losses(NamedTuple):
+    """Per clip, noisy stream and chunk the squared error of the velocity; over all tokens and
+    layers the misfit of the depths they assumed, and the last layer's mean error of log depth."""
+
+    velocity: Float[Tensor, "B streams chunks"]
+    depth: Float[Tensor, ""] | None = None
+    depth_error: Float[Tensor, ""] | None = None
 
 
 def flow_matching_loss(
@@ -22,8 +34,12 @@ def flow_matching_loss(
     chunk: int,
     draw: torch.Generator,
     dtype: torch.dtype,
-) -> Float[Tensor, "B streams chunks"]:
+    depths: Float[Tensor, "B T tokens 2"] | None = None,
+) -> Losses:
     """Squared error of the velocity (eq. 1) per clip, noisy stream and chunk, fp32.
+
+    With `depths` (mean and variance of each patch's log depth) also what the layers' surface
+    groups assumed of them, clean and noisy tokens alike.
 
     Every noisy chunk has its own time; its history is the clean stream, which is itself disturbed
     a little in most clips so that the model bears its own errors (told as clean, t = 0).
@@ -54,9 +70,15 @@ def flow_matching_loss(
     context = model.context(conditions, steered=steered, streams=1 + streams)
     latents = torch.cat((history, noisy), dim=1).to(dtype)
     times = torch.cat((torch.zeros(B, T, device=device), t), dim=1)
-    velocity = model(latents, times, context, plan)
+    estimates: list[Tensor] | None = None if depths is None else []
+    velocity = model(latents, times, context, plan, depths=estimates)
     error = (velocity - (noise - data)).square().mean((2, 3, 4))
-    return error.view(B, streams, chunks, chunk).mean(-1)
+    error = error.view(B, streams, chunks, chunk).mean(-1)
+    if depths is None or not estimates:
+        return Losses(error)
+    mean, variance = model.layout.arrange(depths).repeat(1, 1 + streams, 1, 1).unbind(-1)
+    misfit = torch.stack([depth_loss(e, mean, variance).mean() for e in estimates]).mean()
+    return Losses(error, misfit, (estimates[-1][..., 0].detach() - mean).abs().mean())
 
 
 class MemoryTask(Task):
@@ -98,7 +120,10 @@ class MemoryTask(Task):
         weight = torch.tensor([float(s) for s in sizes])
         chunk = sizes[int(torch.multinomial(weight, 1, generator=draw))]
         clean, conditions = self.cache.clips(walk, start, length)
-        loss = flow_matching_loss(
+        depths = None
+        if config.depth_weight:
+            depths = self.cache.patch_depths(walk, start, length)
+        losses = flow_matching_loss(
             self.network,
             self.flow_config,
             config,
@@ -107,7 +132,9 @@ class MemoryTask(Task):
             chunk,
             device_generator(self.seed, self.rank, step, self.device),
             self.dtype,
+            depths,
         )
+        loss = losses.velocity
         with torch.no_grad():
             # What memory is worth: late chunks have more of the past to draw on than early ones.
             quarter = max(1, loss.shape[2] // 4)
@@ -115,4 +142,8 @@ class MemoryTask(Task):
                 "early": loss[:, :, :quarter].mean(),
                 "late": loss[:, :, -quarter:].mean(),
             }
-        return loss.mean(), figures
+        total = loss.mean()
+        if losses.depth is not None and losses.depth_error is not None:
+            figures |= {"velocity": total.detach(), "depth_error": losses.depth_error}
+            total = total + config.depth_weight * losses.depth
+        return total, figures

@@ -76,8 +76,9 @@ class Optimisers:
         for name, p in module.named_parameters():
             if not p.requires_grad:
                 continue
-            # Scales computed from time and gains are not maps between features of one kind.
-            layer = "blocks." in name and p.dim() == 2 and "norm" not in name
+            # Scales computed from time, gains and read-outs of a number or two are not maps
+            # between features of one kind.
+            layer = "blocks." in name and p.dim() == 2 and "norm" not in name and min(p.shape) > 2
             (matrices if layer and muon_lr is not None else rest).append(p)
         fused = bool(rest) and rest[0].is_cuda
         self.all: list[torch.optim.Optimizer] = [

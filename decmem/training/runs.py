@@ -103,8 +103,9 @@ def train_memory(
         settings = _settings(options, made, place, run)
         codec = _on(place, codec)
         model = _started_from(options.init, experiment.build_model(options.seed)).to(place.device)
+        grid = shape.layout.grid if shape.position.surface and config.depth_weight else None
         cache = LatentCache(
-            codec, config.walks, config.latents, shape.size, place.device, place.rank
+            codec, config.walks, config.latents, shape.size, place.device, place.rank, grid
         )
         task = MemoryTask(model, cache, config, experiment.flow, options.seed, place.rank)
         budget = _budget(options, config.steps, config.warmup, config.decay_from)

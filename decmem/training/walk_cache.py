@@ -27,6 +27,18 @@ _WORLDS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Which depths are wanted beside the frames.
+
+    Attributes:
+        size: rays down and across a frame. frames: the frames they are wanted of.
+    """
+
+    size: tuple[int, int]
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class WalkBatch:
     """Rendered walks.
 
@@ -34,16 +46,23 @@ class WalkBatch:
         frames: (N, F, H, W, 3) on the renderer's device.
         world_to_camera: (N, F, 4, 4) float64. actions: (N, F, A).
         intrinsics: (3, 3) in pixels.
+        depth: (N, D, h, w) along the camera's axis, infinite for sky; None where not probed.
     """
 
     frames: UInt8[Tensor, "N F H W 3"]
     world_to_camera: Float[np.ndarray, "N F 4 4"]
     actions: Float[np.ndarray, "N F A"]
     intrinsics: Float[np.ndarray, "3 3"]
+    depth: Float[Tensor, "N D h w"] | None = None
 
 
 def rendered_walks(
-    first: int, count: int, frames: int, size: tuple[int, int], device: torch.device
+    first: int,
+    count: int,
+    frames: int,
+    size: tuple[int, int],
+    device: torch.device,
+    probe: Probe | None = None,
 ) -> Iterator[WalkBatch]:
     """Training walks `first` to `first + count`, a few worlds at a time.
 
@@ -59,6 +78,9 @@ def rendered_walks(
     cores = os.cpu_count() or 1
     kind = "cuda" if device.type == "cuda" else "cpu"
     renderer = Renderer(size=size, supersample=2, device=kind, threads=cores)
+    sounder = None
+    if probe is not None:
+        sounder = Renderer(size=probe.size, supersample=1, device=kind, threads=cores)
     step = WALKS_PER_WORLD * _WORLDS_AT_ONCE
 
     def walk(start: int) -> tuple[list[World], np.ndarray, np.ndarray, np.ndarray]:
@@ -71,15 +93,26 @@ def rendered_walks(
     # Worlds and walks are made ahead, on all cores, while earlier ones are rendered.
     with ThreadPoolExecutor(min(cores, 16)) as pool:
         for worlds, which, states, actions in pool.map(walk, range(first, first + count, step)):
-            poses = state_cameras(states)
+            poses, stack = state_cameras(states), renderer.stack(worlds)
             shown = renderer.render_batch(
-                renderer.stack(worlds),
+                stack,
                 torch.from_numpy(np.repeat(which, frames)),
                 torch.from_numpy(poses.reshape(-1, 4, 4)),
             )
+            depth = None
+            if probe is not None and sounder is not None:
+                sounded = sounder.render_batch(
+                    stack,
+                    torch.from_numpy(np.repeat(which, len(probe.frames))),
+                    torch.from_numpy(poses[:, probe.frames].reshape(-1, 4, 4)),
+                    depth=True,
+                ).depth
+                assert sounded is not None
+                depth = sounded.unflatten(0, (len(which), len(probe.frames)))
             yield WalkBatch(
                 shown.rgb.unflatten(0, (len(which), frames)),
                 poses,
                 action_values(actions),
                 renderer.intrinsics,
+                depth,
             )

@@ -67,7 +67,12 @@ def reading(walk: Callable[..., Tensor]) -> Callable[..., Reading]:
 
         time = torch.arange(latents) if time is None else time
         rotations = make_position(
-            position, walk(latents).float(), LENS.expand(2, latents, 4), time, layout.coordinates
+            position,
+            walk(latents).float(),
+            LENS.expand(2, latents, 4),
+            time,
+            layout.coordinates,
+            layout.grid,
         )
         q, k, v = (normal(2, 2, latents, S, D) for _ in "qkv")
         features = normal(2, latents, S, 2 * D)

@@ -123,6 +123,7 @@ def read(bank: Bank, cameras: Tensor, q: Tensor) -> Tensor:
         LENS.expand(2, cameras.shape[1], 4),
         torch.zeros(cameras.shape[1], dtype=torch.long),
         bank.layout.coordinates,
+        bank.layout.grid,
     )
     keys, values = (x[:, :, : bank.length] for x in (bank.layers[0].keys, bank.layers[0].values))
     q = encode_query(bank.position, at, q)
@@ -138,6 +139,7 @@ def encoded(bank: Bank, x: Tensor, cameras: Tensor) -> Tensor:
         LENS.expand(2, T, 4),
         torch.arange(T),
         bank.layout.coordinates,
+        bank.layout.grid,
     )
     return encode_key(bank.position, at, x)
 

@@ -27,7 +27,7 @@ LAYOUT = TokenLayout((2, 3), (1, 1))
 def positions(cameras: Tensor, config: PositionConfig = CONFIG) -> Position:
     T = cameras.shape[1]
     lens = torch.tensor([1.4, 2.1, 0.05, -0.1]).expand(len(cameras), T, 4)
-    return make_position(config, cameras.float(), lens, torch.arange(T), LAYOUT.coordinates)
+    return make_position(config, cameras.float(), lens, torch.arange(T), LAYOUT.coordinates, (2, 3))
 
 
 def heads(T: int, seed: int = 0) -> Tensor:
@@ -107,8 +107,8 @@ def test_reach_bounds_the_matrices() -> None:
     assert bounded.abs().max() == 4.0
 
 
-@pytest.mark.parametrize("groups", [(6, 8, 4), (8, 6, 4), (8, 8, 3)])
-def test_groups_that_do_not_split_are_refused(groups: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("groups", [(6, 8, 4), (8, 6, 4), (8, 8, 3), (8, 8, 4, 4)])
+def test_groups_that_do_not_split_are_refused(groups: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match="position"):
         PositionConfig(*groups)
 

@@ -15,13 +15,20 @@ from decmem.model import Conditions, ModelConfig, WorldModel, initialise
 SMALL = ModelConfig(
     size=(64, 96),
     latent_channels=4,
-    width=40,
+    width=52,
     layers=2,
     ffn_multiple=2,
     time_width=16,
     reading=MemoryConfig(Reach(window=2, write_chunk=1), retrieved=5),
     position=PositionConfig(
-        camera=8, space=8, time=4, space_base=100.0, time_base=100.0, reach=64.0, global_time=False
+        camera=8,
+        space=8,
+        time=4,
+        surface=6,
+        space_base=100.0,
+        time_base=100.0,
+        reach=64.0,
+        global_time=False,
     ),
     chunk_sizes=(1, 2, 4),
 )

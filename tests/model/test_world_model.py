@@ -44,13 +44,20 @@ def test_batch_company_changes_nothing(small: ModelConfig, awake, clip) -> None:
         torch.testing.assert_close(velocity(model, alone), together[own], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("degrees", [0, 73])
 @pytest.mark.parametrize("rays", [True, False], ids=["rays", "no-rays"])
 def test_moving_and_turning_the_world_changes_nothing(
-    rays: bool, small: ModelConfig, awake, clip
+    rays: bool, degrees: int, small: ModelConfig, awake, clip
 ) -> None:
-    model, data = awake(dataclasses.replace(small, rays=rays)), clip(small, LATENTS)
+    # Surfaces are compared along the world's axes: with them only moves leave all as it is.
+    width, position = small.width, small.position
+    if degrees:
+        width = small.heads * (position.head_dim - position.surface)
+        position = dataclasses.replace(position, surface=0)
+    config = dataclasses.replace(small, rays=rays, width=width, position=position)
+    model, data = awake(config), clip(small, LATENTS)
     cameras = data.conditions.world_to_camera
-    turn = math.radians(73)
+    turn = math.radians(degrees)
     frame = torch.tensor(
         [
             [math.cos(turn), 0, math.sin(turn), 40.0],

@@ -8,7 +8,7 @@ from decmem.codec import Autoencoder
 from decmem.errors import UserError
 from decmem.model.conditioning import camera_centres, conditions_of_frames
 from decmem.training import walk_cache
-from decmem.training.latent_cache import LatentCache
+from decmem.training.latent_cache import LatentCache, log_depths
 from decmem.training.walk_cache import WALKS_PER_WORLD, WalkBatch, rendered_walks
 from decmem.world.episode import Episode, render_episode
 from decmem.world.version import HELD_OUT_SEED_BASE
@@ -125,3 +125,35 @@ def test_lens_is_that_of_the_renderer(cache: LatentCache, episode: Episode) -> N
     assert fy * SIZE[0] / 2 == pytest.approx(intrinsics[1, 1])
     assert (cx + 1) * SIZE[1] / 2 == pytest.approx(intrinsics[0, 2])
     assert (cy + 1) * SIZE[0] / 2 == pytest.approx(intrinsics[1, 2])
+
+
+def test_depths_are_those_of_the_tokens_patches(codec: Autoencoder, cache: LatentCache) -> None:
+    """Against an episode's own depth maps, at the reference frames of the latents."""
+    grid = (2, 3)
+    probed = LatentCache(codec, 1, 6, SIZE, CPU, rank=0, grid=grid)
+    assert torch.equal(probed.latents, cache.latents[:1])
+    truth = render_episode(0, "train", FRAMES, SIZE).depth
+    assert truth is not None
+    assert probed.depths is not None
+    got = probed.patch_depths(torch.tensor([0]), torch.tensor([1]), 5)
+    assert got is not None
+    assert torch.equal(got, probed.depths[:, 1:].float())
+    for latent, frame in enumerate((0, 3, 7, 11, 15, 19)):
+        for token in range(6):
+            row, column = divmod(token, 3)
+            patch = truth[frame, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            logs = np.log(patch).clip(np.log(0.2), np.log(48))
+            mean, variance = probed.depths[0, latent, token].tolist()
+            # 4 x 4 rays stand for 16 x 16 pixels.
+            assert abs(mean - logs.mean()) < 0.12 + 0.3 * logs.std()
+            assert abs(variance**0.5 - logs.std()) < 0.1 + 0.3 * logs.std()
+
+
+def test_log_depths_go_by_patch_and_end_in_the_haze() -> None:
+    depth = torch.full((1, 1, 4, 6), 2.0)
+    depth[0, 0, 2:, 2:4] = torch.tensor([[1.0, 4.0], [4.0, 1.0]])
+    depth[0, 0, :2, 4:] = torch.inf
+    found = log_depths(depth, (2, 3))[0, 0]
+    log2 = np.log(2)
+    np.testing.assert_allclose(found[:, 0], [log2, log2, np.log(48), log2, log2, log2], rtol=1e-6)
+    np.testing.assert_allclose(found[:, 1], [0, 0, 0, 0, log2**2, 0], atol=1e-6)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from decmem.codec import Autoencoder
 from decmem.experiment import MemoryTraining
 from decmem.flow import FlowConfig
-from decmem.model import Conditions, WorldModel
+from decmem.model import Conditions, WorldModel, initialise
 from decmem.training import memory_task as module
 from decmem.training.latent_cache import LatentCache
-from decmem.training.memory_task import MemoryTask, flow_matching_loss
+from decmem.training.memory_task import Losses, MemoryTask, flow_matching_loss
 from decmem.training.trainer import Task
 
 T, CHUNK, STREAMS = 6, 2, 2
@@ -73,7 +74,7 @@ def passed(
                 CHUNK,
                 torch.Generator().manual_seed(seed),
                 torch.float32,
-            )
+            ).velocity
         finally:
             hook.remove()
         return Pass(loss, *found)
@@ -226,10 +227,10 @@ def test_batches_hang_on_seed_rank_and_step_alone(
 
     def spied(
         model: WorldModel, times: FlowConfig, how: MemoryTraining, clean: Tensor, *rest: object
-    ) -> Tensor:
+    ) -> Losses:
         noise = next(x for x in rest if isinstance(x, torch.Generator))
         drawn.extend((clean, torch.randn(3, generator=noise)))
-        return torch.zeros(len(clean), STREAMS, 3)
+        return Losses(torch.zeros(len(clean), STREAMS, 3))
 
     monkeypatch.setattr(module, "flow_matching_loss", spied)
 
@@ -255,9 +256,9 @@ def test_all_chunk_sizes_are_trained(
     sizes: list[int] = []
     figures = {1: torch.arange(6.0), 2: torch.arange(3.0)}
 
-    def spied(model: WorldModel, *rest: object) -> Tensor:
+    def spied(model: WorldModel, *rest: object) -> Losses:
         sizes.append(next(x for x in rest if isinstance(x, int)))
-        return figures[sizes[-1]].expand(2, STREAMS, -1)
+        return Losses(figures[sizes[-1]].expand(2, STREAMS, -1))
 
     monkeypatch.setattr(module, "flow_matching_loss", spied)
     told = [memory_task(step, 0.9) for step in range(500)]
@@ -267,3 +268,32 @@ def test_all_chunk_sizes_are_trained(
     for size, (loss, shown) in zip(sizes, told, strict=True):
         last = len(figures[size]) - 1
         assert (loss, shown["early"], shown["late"]) == (last / 2, 0, last)
+
+
+def test_depth_is_learned_where_it_is_weighed(
+    codec: Autoencoder, training: MemoryTraining, awake: Callable[[], WorldModel]
+) -> None:
+    """The misfit of what the surface group assumes is added, and falls when only it is followed."""
+    config = awake().config
+    position = dataclasses.replace(config.position, surface=6)
+    model = WorldModel(dataclasses.replace(config, width=52, position=position))
+    initialise(model)
+    grid = config.layout.grid
+    cache = LatentCache(codec, 3, 6, config.size, torch.device("cpu"), 0, grid)
+    weighed = dataclasses.replace(training, depth_weight=0.5)
+    task = MemoryTask(model, cache, weighed, FlowConfig(), seed=0, rank=0)
+    loss, figures = task(3, 0.9)
+    plain, bare = MemoryTask(model, cache, training, FlowConfig(), 0, 0)(3, 0.9)
+    assert "depth_error" not in bare
+    assert figures["velocity"] == plain
+    assert loss != plain
+    readouts = [p for name, p in model.named_parameters() if "readout" in name]
+    assert len(readouts) == 4
+    optimiser = torch.optim.Adam(readouts, 0.03)
+    first = float(figures["depth_error"])
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss, figures = task(3, 0.9)
+        loss.backward()
+        optimiser.step()
+    assert float(figures["depth_error"]) < 0.7 * first
