@@ -7,13 +7,14 @@ After a wanted change, bring the record up to date with
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 RECORD = Path(__file__).parent / "cli_flags.txt"
 
 
 def flags(command: Any, words: str) -> Iterator[str]:
     """One line for every flag of a command: its words, the flag, the default."""
+    hints = get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             yield from flags(field.type, words)
@@ -22,7 +23,10 @@ def flags(command: Any, words: str) -> Iterator[str]:
         if default is dataclasses.MISSING:
             made = field.default_factory
             default = "(required)" if made is dataclasses.MISSING else made()
-        yield f"{words} --{field.name.replace('_', '-')} {default}"
+        said = [
+            m.name for m in getattr(hints[field.name], "__metadata__", ()) if hasattr(m, "name")
+        ]
+        yield f"{words} --{(said or [field.name])[0].replace('_', '-')} {default}"
 
 
 def all_flags() -> list[str]:

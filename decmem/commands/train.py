@@ -3,13 +3,23 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from decmem.training.options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCodec(RunOptions):
+class _Run(RunOptions):
+    """The options of every run; `from` is no name that Python lets a field have."""
+
+    init: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Weights to go on from, with a fresh optimiser, warmed up again, at a lower rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCodec(_Run):
     """Train the video autoencoder on rendered walks.
 
     Example: decmem train codec --preset tiny --seconds 120
@@ -25,12 +35,12 @@ class TrainCodec(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMemory(RunOptions):
+class TrainMemory(_Run):
     """Train the world model with decoupled memory: sparse global and anchored local together.
 
     Example: decmem train memory --preset tiny --codec runs_out/tiny-codec/tiny-codec.safetensors
 
-    Starts from nothing, or with --init from the causal backbone that `decmem train causal` makes.
+    Starts from nothing, or with --from on the causal backbone that `decmem train causal` makes.
     Writes PRESET.safetensors, its card and a sheet of truth above dream.
     """
 
@@ -50,7 +60,7 @@ class TrainMemory(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCausal(RunOptions):
+class TrainCausal(_Run):
     """Train the causal backbone with dense attention over all history: the paper's first stage.
 
     Example: decmem train causal --preset tiny --codec runs_out/tiny-codec/tiny-codec.safetensors

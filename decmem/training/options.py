@@ -36,10 +36,10 @@ class RunOptions:
     """Steps between checkpoints."""
 
     init: Path | None = None
-    """Weights to start from, with a fresh optimiser; use lower rates with it (--rate 0.3)."""
+    """Weights to go on from, with a fresh optimiser, warmed up again, at a lower rate."""
 
-    rate: float = 1.0
-    """Factor on all learning rates."""
+    rate: float | None = None
+    """Factor on all learning rates; default 1, and 0.3 with --from."""
 
     batch: int | None = None
     """Clips a step and process; default the preset's."""
@@ -52,3 +52,10 @@ class RunOptions:
 
     deterministic: bool = False
     """On a GPU too, the same bits every time (slower)."""
+
+    @property
+    def rate_factor(self) -> float:
+        """`rate`, or its default: full rates would first undo what given weights have learned."""
+        if self.rate is not None:
+            return self.rate
+        return 1.0 if self.init is None else 0.3

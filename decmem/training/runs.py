@@ -182,7 +182,7 @@ def _settings(options: RunOptions, made: dict[str, Any], place: Place, run: Path
         "preset": options.preset,
         "seed": options.seed,
         "seconds": options.seconds,
-        "rate": options.rate,
+        "rate": options.rate_factor,
         "init": None if options.init is None else options.init.name,
         "processes": place.world,
     }
@@ -204,7 +204,7 @@ def _trainer(
     network = task.network
     adam, muon = rates
     optimisers = Optimisers(
-        network, adam * options.rate, None if muon is None else muon * options.rate
+        network, adam * options.rate_factor, None if muon is None else muon * options.rate_factor
     )
     average = WeightAverage(network, settings["training"]["average"])
     trainer = Trainer(
@@ -222,13 +222,13 @@ def _started_from(path: Path | None, network: Network) -> Network:
     """
     if path is None:
         return network
-    tensors, _ = _given(load_weights, path, "--init")
+    tensors, _ = _given(load_weights, path, "--from")
     gates = {name: p for name, p in network.state_dict().items() if ".memory.gate." in name}
     try:
         network.load_state_dict(gates | tensors)
     except RuntimeError as error:
         raise UserError(
-            "--init", f"{path} does not fit this preset", "Give weights of this preset"
+            "--from", f"{path} does not fit this preset", "Give weights of this preset"
         ) from error
     return network
 

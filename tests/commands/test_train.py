@@ -75,7 +75,7 @@ def causal(folder: Path, codec: Path) -> Path:
 @pytest.fixture(scope="module")
 def memory(folder: Path, codec: Path, causal: Path) -> Path:
     """The second stage, with rates so small that the first one's weights stay."""
-    command = ["--steps", "1", "--rate", "1e-12", "--init", str(causal), "--seed", "3", "--int8"]
+    command = ["--steps", "1", "--rate", "1e-12", "--from", str(causal), "--seed", "3", "--int8"]
     train("memory", *command, "--codec", str(codec), "--out", str(folder / "memory"))
     return folder / "memory" / "tiny.safetensors"
 
@@ -208,7 +208,7 @@ def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
         (["--seed", str(2**70)], f"--seed: {2**70} has more than 64 bits"),
         (["--device", "abacus"], "--device: 'abacus' is not available"),
         (["--walks", "90000000"], "--walks: 90000000 from walk 0 on reach held-out worlds"),
-        (["--init", "nowhere.safetensors"], "--init: nowhere.safetensors is missing"),
+        (["--from", "nowhere.safetensors"], "--from: nowhere.safetensors is missing"),
         (["--out", "here"], "--out: here is a file"),
     ],
     ids=lambda value: " ".join(value)[:24] if isinstance(value, list) else "",
@@ -259,13 +259,13 @@ def test_weights_that_do_not_fit_are_told_before_any_work(
             (["--codec", str(cut)], f"--codec: {cut} is damaged"),
             (["--codec", str(causal)], f"--codec: {causal} holds model, not a codec"),
             (["--codec", str(other_codec)], f"--codec: {other_codec} has 8 latent channels, tiny"),
-            (["--codec", str(codec), "--init", str(codec)], f"--init: {codec} does not fit"),
-            (["--codec", str(codec), "--init", str(cut)], f"--init: {cut} is damaged"),
+            (["--codec", str(codec), "--from", str(codec)], f"--from: {codec} does not fit"),
+            (["--codec", str(codec), "--from", str(cut)], f"--from: {cut} is damaged"),
         ):
             line = refused(capsys, stage, *SMALL, *flags, "--out", out)
             assert line.startswith(told)
-    assert refused(capsys, "codec", *SMALL, "--init", str(other_codec), "--out", out).startswith(
-        f"--init: {other_codec} does not fit this preset"
+    assert refused(capsys, "codec", *SMALL, "--from", str(other_codec), "--out", out).startswith(
+        f"--from: {other_codec} does not fit this preset"
     )
     # Without the flag it is the preset's own codec, and this preset ships none.
     monkeypatch.setattr(experiment, "shipped_weights", lambda name: tmp_path / name)
