@@ -76,6 +76,17 @@ class LatentCache:
         self.lens = lens
         self.depths: Float[Tensor, "N T tokens 2"] | None = torch.cat(depths) if depths else None
 
+    def parts(self) -> dict[str, Tensor]:
+        """All it holds, for `of_parts`."""
+        return {name: x for name, x in vars(self).items() if x is not None}
+
+    @classmethod
+    def of_parts(cls, parts: dict[str, Tensor]) -> "LatentCache":
+        """A cache of what another one held."""
+        made = cls.__new__(cls)
+        vars(made).update({"depths": None} | parts)
+        return made
+
     def clips(
         self, walk: Int[Tensor, "B"], start: Int[Tensor, "B"], length: int
     ) -> tuple[Float[Tensor, "B T C h w"], Conditions]:

@@ -20,6 +20,7 @@ from decmem.training.checkpoint import latest_checkpoint, require_same_settings
 from decmem.training.codec_task import CodecTask
 from decmem.training.distributed import Place, join, leave
 from decmem.training.export import export_weights
+from decmem.training.kept_walks import kept_walks
 from decmem.training.latent_cache import LatentCache
 from decmem.training.memory_task import MemoryTask
 from decmem.training.optimiser import Optimisers
@@ -27,7 +28,7 @@ from decmem.training.options import RunOptions
 from decmem.training.sheets import codec_sheet, memory_sheet, write_sheet
 from decmem.training.trainer import Budget, Task, Trainer
 from decmem.world.episode import Episode, render_episode
-from decmem.world.version import HELD_OUT_SEED_BASE
+from decmem.world.version import HELD_OUT_SEED_BASE, WORLD_VERSION
 
 Loaded = TypeVar("Loaded")
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -104,15 +105,27 @@ def train_memory(
         codec = _on(place, codec)
         model = _started_from(options.init, experiment.build_model(options.seed)).to(place.device)
         grid = shape.layout.grid if shape.position.surface and config.depth_weight else None
-        cache = LatentCache(
-            codec, config.walks, config.latents, shape.size, place.device, place.rank, grid
-        )
+
+        def coded() -> LatentCache:
+            return LatentCache(
+                codec, config.walks, config.latents, shape.size, place.device, place.rank, grid
+            )
+
+        pausing = options.resume or options.pause_after is not None
+        kept = run / f"walks-{place.rank:03d}.safetensors"
+        if pausing:
+            key = {"world": WORLD_VERSION, "codec": made["codec_sha256"], "walks": config.walks}
+            key |= {"latents": config.latents, "size": shape.size, "grid": grid}
+            cache = kept_walks(kept, key | {"rank": place.rank}, place.device, coded)
+        else:
+            cache = coded()
         task = MemoryTask(model, cache, config, experiment.flow, options.seed, place.rank)
         budget = _budget(options, config.steps, config.warmup, config.decay_from)
         rates = (config.adam_lr, config.muon_lr)
         trainer = _trainer(options, task, place, run, budget, settings, rates)
         if not trainer.run(options.pause_after):
             return None
+        kept.unlink(missing_ok=True)
         trainer.average.swap(model)
         weights = run / f"{experiment.name}.safetensors"
         if place.first:
