@@ -35,7 +35,10 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 def train_codec(options: RunOptions) -> Path | None:
-    """Trains the codec of a preset; returns its weights, or None when paused."""
+    """Trains the codec of a preset; returns its weights, or None when paused.
+
+    A paused run too exports the average so far.
+    """
     experiment, place, run = _start(options, "codec")
     try:
         config = _changed(experiment.codec_training, options)
@@ -53,8 +56,7 @@ def train_codec(options: RunOptions) -> Path | None:
         )
         budget = _budget(options, config.steps, config.warmup, decay_from=0.0)
         trainer = _trainer(options, task, place, run, budget, settings, (config.lr, None))
-        if not trainer.run(options.pause_after):
-            return None
+        finished = trainer.run(options.pause_after)
         trainer.average.swap(codec)
         task.measure()
         weights = run / f"{experiment.name}-codec.safetensors"
@@ -66,7 +68,7 @@ def train_codec(options: RunOptions) -> Path | None:
             )
             write_sheet(run / "sheet.png", codec_sheet(codec, _held_out(experiment, place, 65, 3)))
         place.wait()
-        return weights
+        return weights if finished else None
     finally:
         leave(place)
 
@@ -76,6 +78,7 @@ def train_memory(
 ) -> Path | None:
     """Trains the world model of a preset; returns its weights, or None when paused.
 
+    A paused run too exports the average so far.
     `memory` replaces the preset's: `dense` is the paper's first stage, `window` the control.
     """
     name = memory or "decoupled"
@@ -123,9 +126,9 @@ def train_memory(
         budget = _budget(options, config.steps, config.warmup, config.decay_from)
         rates = (config.adam_lr, config.muon_lr)
         trainer = _trainer(options, task, place, run, budget, settings, rates)
-        if not trainer.run(options.pause_after):
-            return None
-        kept.unlink(missing_ok=True)
+        finished = trainer.run(options.pause_after)
+        if finished:
+            kept.unlink(missing_ok=True)
         trainer.average.swap(model)
         weights = run / f"{experiment.name}.safetensors"
         if place.first:
@@ -140,7 +143,7 @@ def train_memory(
             rows = memory_sheet(codec, fresh.eval(), experiment.flow, episodes, known)
             write_sheet(run / "sheet.png", rows)
         place.wait()
-        return weights
+        return weights if finished else None
     finally:
         leave(place)
 

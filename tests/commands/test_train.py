@@ -170,7 +170,11 @@ def test_a_paused_run_ends_as_an_unbroken_one(
     out = ["--out", str(tmp_path)]
     train("codec", "--steps", "2", "--pause-after", "0", *out)
     assert "paused; continue with the same command and --resume" in capsys.readouterr().out
-    assert names(tmp_path) == {"log.jsonl", "step_00000001"}
+    # What was learned so far can be looked at and used.
+    assert names(tmp_path) == {
+        "log.jsonl", "sheet.png", "step_00000001", "tiny-codec.json", "tiny-codec.safetensors"
+    }  # fmt: skip
+    assert card_of(tmp_path / "tiny-codec.safetensors")["steps"] == 1
     train("codec", "--steps", "2", "--resume", *out)
     again = tmp_path / "tiny-codec.safetensors"
     assert f"weights in {again}" in capsys.readouterr().out
