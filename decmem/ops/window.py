@@ -112,8 +112,8 @@ class WindowTable:
 
 def window_attention(
     q: Float[Tensor, "B H Tq S D"],
-    k: Float[Tensor, "B H Tk S D"],
-    v: Float[Tensor, "B H Tk S D"],
+    k: Float[Tensor, "#B H Tk S D"],
+    v: Float[Tensor, "#B H Tk S D"],
     windows: WindowTable,
     valid: Bool[Tensor, "S"] | None = None,
     backend: Backend = "auto",
@@ -121,17 +121,21 @@ def window_attention(
     """Tokens of query latent i attend densely to all tokens of the key latents its window holds.
 
     `valid` marks the token slots of a latent that hold a token. `k` and `v` may have more latents
-    than the table has columns (a bank's spare room); those are never read.
+    than the table has columns (a bank's spare room); those are never read. Keys of one world may
+    serve the queries of many.
     """
-    S = q.shape[3]
+    S, Tk = q.shape[3], windows.table.shape[1]
+    if k.shape[0] < q.shape[0]:
+        k, v = (x.expand(q.shape[0], -1, -1, -1, -1) for x in (k, v))
     slots = None if valid is None else valid[None]
     backend = choose_backend(backend, q)
     if backend == "triton" and windows.few_runs:
         from decmem.ops import window_kernels
 
+        if k.shape[2] > Tk:
+            k, v = k[:, :, :Tk], v[:, :, :Tk]
         launches = choose_launches(q)
         tiles = windows.tiles(launches, S, q.device)
-        k, v = (x[:, :, : windows.table.shape[1]].expand(len(q), -1, -1, -1, -1) for x in (k, v))
         return window_kernels.window_attention(q, k, v, tiles, valid, launches)
     if backend == "triton":
         rows = windows.rows(q.device)[None, None]

@@ -16,6 +16,7 @@ from typing import Any, no_type_check
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from decmem.ops.window_launches import Launch, Launches, head_pieces
@@ -88,6 +89,29 @@ def _inside(TILE, first, rows, run, n, S: tl.constexpr, RUNS: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _valid_words(VALID, start, S: tl.constexpr, BN: tl.constexpr):
+    """A bit for each of the columns from `start` on: whether it holds a token. 64 in each word."""
+    low = tl.load(VALID + start % S)
+    if BN < 64:
+        low = low | (-1 << BN)
+    high = low
+    if BN > 64:
+        high = tl.load(VALID + (start + 64) % S)
+    return low, high
+
+
+@triton.jit
+@no_type_check
+def _valid_columns(low, high, BN: tl.constexpr):
+    c = tl.arange(0, BN)
+    word = low
+    if BN > 64:
+        word = tl.where(c < 64, low, high)
+    return ((word >> (c % 64).to(tl.int64)) & 1) != 0
+
+
+@triton.jit
+@no_type_check
 def _head(P, H, batch, head):
     bh = tl.program_id(1).to(tl.int64)
     return P + (bh // H) * batch + (bh % H) * head
@@ -126,17 +150,21 @@ def _forward_kernel(
         n = start + tl.arange(0, BN)
         ok = n < stop
         if PADDED:
-            ok = ok & (tl.load(VALID + n % S, mask=ok, other=0) != 0)
+            low, high = _valid_words(VALID, start, S, BN)
+            ok = ok & _valid_columns(low, high, BN)
         k1 = _channels(K, n, ok, D, 0, D1)
         s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         if D2 > 0:
             k2 = _channels(K, n, ok, D, D1, D2)
             s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
-        if (start < inner) | (start + BN > outer):
-            inside = _inside(TILE, first, rows, run, n, S, RUNS)
-            s = tl.where(inside, s, float("-inf"))
+        partial = (start < inner) | (start + BN > outer)
         if PADDED:
-            s = tl.where(ok[None, :], s, float("-inf"))
+            partial = partial | ((low & high) != -1)
+        if partial:
+            inside = _inside(TILE, first, rows, run, n, S, RUNS)
+            if PADDED:
+                inside = inside & ok[None, :]
+            s = tl.where(inside, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * scale_log2)
         p = tl.exp2(s * scale_log2 - new_top[:, None])
         fade = tl.exp2(top - new_top)
@@ -198,7 +226,8 @@ def _query_gradient_kernel(
         n = start + tl.arange(0, BN)
         ok = n < stop
         if PADDED:
-            ok = ok & (tl.load(VALID + n % S, mask=ok, other=0) != 0)
+            low, high = _valid_words(VALID, start, S, BN)
+            ok = ok & _valid_columns(low, high, BN)
         k1 = _channels(K, n, ok, D, 0, D1)
         v1 = _channels(V, n, ok, D, 0, D1)
         s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
@@ -210,11 +239,14 @@ def _query_gradient_kernel(
             dp = tl.dot(do2, tl.trans(v2), dp, input_precision="ieee")
         p = tl.exp2(s * scale_log2 - lse[:, None])
         ds = p * (dp - delta[:, None])
-        if (start < inner) | (start + BN > outer):
-            inside = _inside(TILE, first, rows, run, n, S, RUNS)
-            ds = tl.where(inside, ds, 0.0)
+        partial = (start < inner) | (start + BN > outer)
         if PADDED:
-            ds = tl.where(ok[None, :], ds, 0.0)
+            partial = partial | ((low & high) != -1)
+        if partial:
+            inside = _inside(TILE, first, rows, run, n, S, RUNS)
+            if PADDED:
+                inside = inside & ok[None, :]
+            ds = tl.where(inside, ds, 0.0)
         ds = ds.to(k1.dtype)
         dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
         if D2 > 0:
@@ -252,7 +284,7 @@ def _key_gradient_kernel(
         read = read | (count > 0)
     read = read & row_ok
     if PADDED:
-        read = read & (tl.load(VALID + rows % S, mask=read, other=0) != 0)
+        read = read & ((tl.load(VALID + rows % S) & 1) != 0)
     k1 = _channels(K, rows, read, D, 0, D1)
     v1 = _channels(V, rows, read, D, 0, D1)
     dk1 = tl.zeros([BM, D1], tl.float32)
@@ -303,6 +335,13 @@ def _key_gradient_kernel(
         _put(DV + at, rows, tl.where(live, dv2, 0.0), row_ok, D, D1, D2)
 
 
+def valid_words(valid: Bool[Tensor, "S"]) -> Int[Tensor, "S"]:
+    """Bit i of word s says whether token slot s + i holds a token, slots being counted round."""
+    at = torch.arange(len(valid), device=valid.device)
+    bit = torch.arange(64, device=valid.device)
+    return (valid[(at[:, None] + bit) % len(valid)].long() << bit).sum(1)
+
+
 def _heads(x: Tensor) -> Tensor:
     """`x` with the rows of every head contiguous; heads and worlds may lie anywhere."""
     *_, S, D = x.shape
@@ -310,23 +349,30 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _options(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, valid: Tensor | None, launch: Launch
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch
 ) -> dict[str, Any]:
     """What all kernels are called with, by name."""
-    *_, S, D = q.shape
+    S, D = q.shape[3:]
     first, second = head_pieces(D)
-    strides = {
-        f"{name}_{axis}": x.stride(i)
-        for name, x in (("q", q), ("k", k), ("v", v))
-        for i, axis in enumerate(("batch", "head"))
-    }
-    return strides | {
+    return {
+        "Q": q,
+        "K": k,
+        "V": v,
+        "TILES": tiles,
+        "VALID": words,
         "H": q.shape[1],
         "ROWS": q.shape[2] * S,
+        "q_batch": q.stride(0),
+        "q_head": q.stride(1),
+        "k_batch": k.stride(0),
+        "k_head": k.stride(1),
+        "v_batch": v.stride(0),
+        "v_head": v.stride(1),
+        "scale_log2": D**-0.5 * math.log2(math.e),
         "S": S,
         "FIELDS": tiles.shape[1],
         "RUNS": (tiles.shape[1] - 2) // (4 + 2 * tile_latents(launch.rows, S)),
-        "PADDED": valid is not None,
+        "PADDED": words is not None,
         "D": D,
         "D1": first,
         "D2": second,
@@ -338,66 +384,82 @@ def _options(
     }
 
 
-@torch.library.custom_op("decmem::window_forward", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], valid: Tensor | None,
-    launches: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    B, H, T, S, D = q.shape
-    q, k, v = _heads(q), _heads(k), _heads(v)
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((B, H, T, S), dtype=torch.float32)
-    launch, tile = Launches.unpack(launches).forward, tiles[0]
-    _forward_kernel[(len(tile), B * H)](
-        q, k, v, tile, valid, out, lse,
-        scale_log2=D**-0.5 * math.log2(math.e), **_options(q, k, v, tile, valid, launch),
-    )  # fmt: skip
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch
+) -> tuple[Tensor, Tensor]:
+    """Output, and the log2 of the sum of the exponentials of each query, fp32."""
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=torch.float32)
+    options = _options(q, k, v, tiles, words, launch)
+    _forward_kernel[(len(tiles), q.shape[0] * q.shape[1])](OUT=out, LSE=lse, **options)
     return out, lse
 
 
+def query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch,
+    out: Tensor, lse: Tensor, grad: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dQ, and what dK and dV need of each query, fp32: lse, and output times gradient, summed."""
+    dq, stats = q.new_empty(q.shape), lse.new_empty((*lse.shape, 2))
+    options = _options(q, k, v, tiles, words, launch)
+    _query_gradient_kernel[(len(tiles), q.shape[0] * q.shape[1])](
+        OUT=out, GRAD=grad, LSE=lse, STATS=stats, DQ=dq, scale=q.shape[4] ** -0.5, **options
+    )
+    return dq, stats
+
+
+def key_gradient(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch,
+    stats: Tensor, grad: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dK and dV; zeros for keys that no query reads."""
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    options = _options(q, k, v, tiles, words, launch)
+    _key_gradient_kernel[(len(tiles), q.shape[0] * q.shape[1])](
+        GRAD=grad, STATS=stats, DK=dk, DV=dv,
+        COLS=k.shape[2] * k.shape[3], scale=q.shape[4] ** -0.5, **options,
+    )  # fmt: skip
+    return dk, dv
+
+
+@torch.library.custom_op("decmem::window_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], words: Tensor | None,
+    launches: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = _heads(q), _heads(k), _heads(v)
+    return forward(q, k, v, tiles[0], words, Launches.unpack(launches).forward)
+
+
 @_forward.register_fake
-def _(q, k, v, tiles, valid, launches):
+def _(q, k, v, tiles, words, launches):
     return q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
 @torch.library.custom_op("decmem::window_backward", mutates_args=())
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], valid: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], words: Tensor | None,
     launches: Sequence[int], out: Tensor, lse: Tensor, grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    B, H, _, S, D = q.shape
-    q, k, v, grad = _heads(q), _heads(k), _heads(v), grad.contiguous()
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    stats = lse.new_empty((*lse.shape, 2))
     _, of_queries, of_keys = Launches.unpack(launches)
-    scales = {"scale": D**-0.5, "scale_log2": D**-0.5 * math.log2(math.e)}
-    # First dQ, which leaves for dK and dV what they need of each query: its lse, and the sum of its
-    # output times its gradient.
-    _query_gradient_kernel[(len(tiles[1]), B * H)](
-        q, k, v, tiles[1], valid, out, grad, lse, stats, dq,
-        **scales, **_options(q, k, v, tiles[1], valid, of_queries),
-    )  # fmt: skip
-    _key_gradient_kernel[(len(tiles[2]), B * H)](
-        q, k, v, tiles[2], valid, grad, stats, dk, dv,
-        COLS=k.shape[2] * S, **scales, **_options(q, k, v, tiles[2], valid, of_keys),
-    )  # fmt: skip
-    return dq, dk, dv
+    q, k, v, grad = _heads(q), _heads(k), _heads(v), grad.contiguous()
+    dq, stats = query_gradient(q, k, v, tiles[1], words, of_queries, out, lse, grad)
+    return dq, *key_gradient(q, k, v, tiles[2], words, of_keys, stats, grad)
 
 
 @_backward.register_fake
-def _(q, k, v, tiles, valid, launches, out, lse, grad):
+def _(q, k, v, tiles, words, launches, out, lse, grad):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, tiles, valid, launches = inputs
-    ctx.save_for_backward(q, k, v, valid, *output, *tiles)
+    q, k, v, tiles, words, launches = inputs
+    ctx.save_for_backward(q, k, v, words, *output, *tiles)
     ctx.launches = launches
 
 
 def _autograd(ctx, grad, _grad_lse):
-    q, k, v, valid, out, lse, *tiles = ctx.saved_tensors
-    grads = _backward(q, k, v, tiles, valid, ctx.launches, out, lse, grad)
+    q, k, v, words, out, lse, *tiles = ctx.saved_tensors
+    grads = _backward(q, k, v, tiles, words, ctx.launches, out, lse, grad)
     return *grads, [None] * len(tiles), None, None
 
 
@@ -416,8 +478,9 @@ def window_attention(
 
     Args:
         k, v: as many latents as the table has columns.
-        tiles: of the table for the forward pass, dQ, dK and dV; the first alone where no gradient
-            is wanted. Their sizes are those of the launches.
+        tiles: of the table for the forward pass, dQ, and dK and dV, of the launches' sizes; the
+            first alone where no gradient is wanted.
     """
-    out, _ = _forward(q, k, v, tiles, valid, launches.pack())
+    words = None if valid is None else valid_words(valid)
+    out, _ = _forward(q, k, v, tiles, words, launches.pack())
     return out

@@ -1,4 +1,4 @@
-"""How the window kernels run: sizes of tiles and blocks, by head dimension, type and number of rows.
+"""How the window kernels run: sizes of tiles and blocks, by head dimension, type and rows.
 
 Chosen by `benchmarks/tune_window.py`, which tries them side by side on one GPU.
 """
@@ -49,15 +49,19 @@ class Launches(NamedTuple):
 # Multiplied in fp32, by no tensor core: small tiles, which compile sooner.
 _EXACT = Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1))
 
-# Too few rows to fill a GPU with large tiles.
-_FEW = 300 * 128
-
-# By channels a head is padded to.
-_MANY = {
-    64: Launches(
-        Launch(128, 64, 8, 3, 128), Launch(64, 64, 4, 3, 168), Launch(64, 64, 4, 3)
-    ),
+# By channels a head is padded to. More registers than 128 or 168 would leave room for fewer
+# programs of 256 or 128 threads on a multiprocessor.
+_BY_WIDTH = {
+    64: Launches(Launch(128, 64, 8, 3, 128), Launch(64, 64, 4, 3, 168), Launch(64, 64, 4, 3)),
+    80: Launches(Launch(128, 64, 8, 3, 128), Launch(128, 32, 8, 2, 128), Launch(64, 64, 4, 2)),
+    96: Launches(Launch(128, 64, 8, 3, 128), Launch(128, 32, 8, 2, 128), Launch(64, 64, 4, 2)),
+    128: Launches(Launch(128, 64, 8, 3), Launch(64, 32, 4, 2, 168), Launch(64, 32, 4, 2)),
 }
+_WIDER = Launches(Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 16, 8, 2))
+
+# Fewer rows than this leave a GPU half empty in tiles of 128.
+_FEW_ROWS = 2 * 132 * 128
+_FEW = Launch(64, 64, 4, 3)
 
 
 def head_pieces(D: int) -> tuple[int, int]:
@@ -75,4 +79,9 @@ def choose_launches(q: Float[Tensor, "B H T S D"]) -> Launches:
     """How the kernels run for queries like these."""
     if q.dtype == torch.float32:
         return _EXACT
-    return _MANY[64]
+    B, H, T, S, D = q.shape
+    width = sum(head_pieces(D))
+    launches = next((of for most, of in _BY_WIDTH.items() if width <= most), _WIDER)
+    if width <= 128 and B * H * T * S < _FEW_ROWS:
+        launches = launches._replace(forward=_FEW)
+    return launches
