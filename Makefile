@@ -31,7 +31,7 @@ test-interpreter: $(VENV)/.installed-dev ## the Triton kernels, interpreted on t
 	TRITON_INTERPRET=1 $(PYTEST) -m interpreter --durations=5
 
 test-compiled: $(VENV)/.installed-dev ## torch.compile, which the run-time shape checks would break
-	$(PYTEST) --no-shape-checks tests/compiled --durations=5
+	TRITON_INTERPRET=1 $(PYTEST) --no-shape-checks tests/compiled --durations=5
 
 bench: $(VENV)/.installed-play ## time the parts; the JSON goes to benchmarks/results
 	$(BIN)/decmem bench rollout --out benchmarks/results

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from decmem.errors import UserError
@@ -56,10 +56,14 @@ class Plan:
     predicted: int = 0
     _forms: dict = field(default_factory=dict, compare=False, repr=False)
 
-    def prepare(self, blocks: int, device: torch.device) -> None:
-        """Makes every form the layers will ask for, so that compiled blocks find them made."""
-        self.block_candidates(blocks, device)
-        self.windows.rows(device)
+    def prepare(self, blocks: int, q: Float[Tensor, "B H T S D"]) -> None:
+        """Makes every form the layers will ask for, so that compiled blocks find them made.
+
+        Args:
+            blocks: of a latent. q: of the shape, type and device of the layers' queries.
+        """
+        self.block_candidates(blocks, q.device)
+        self.windows.prepare(q)
 
     def block_candidates(self, blocks: int, device: torch.device) -> Bool[Tensor, "Nq Nk"]:
         """`candidates` for `blocks` blocks a latent."""

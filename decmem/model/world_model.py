@@ -17,6 +17,7 @@ from decmem.memory import (
     Recall,
     TokenLayout,
 )
+from decmem.memory.base import heads_first
 from decmem.memory.position import Position, make_position
 from decmem.model.block import Block
 from decmem.model.conditioning import (
@@ -229,7 +230,7 @@ class WorldModel(nn.Module):
         patches = rearrange(latents, "b t c (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
         x = self.layout.arrange(self.patchify(patches)) + context.features.to(dtype)
         time = self.time(t)
-        plan.prepare(self.layout.M, x.device)
+        plan.prepare(self.layout.M, heads_first(x, self.config.position.head_dim))
         for i, block in enumerate(self.blocks):
             layer = None if bank is None else bank.layers[i]
             x, seen = block(x, time, context.position, plan, context.key_time, layer, recall)

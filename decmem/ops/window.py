@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decmem.ops.block_sparse import Backend, block_sparse_attention, choose_backend
+from decmem.ops.window_launches import Launches, choose_launches
+from decmem.ops.window_tiles import MOST_RUNS, placed_tiles, row_runs
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class WindowTable:
     def __init__(self, table: Bool[Tensor, "Tq Tk"]) -> None:
         self.table = table
         self.spans = spans(table)
+        self.few_runs = all(
+            len(runs) <= MOST_RUNS for side in (table, table.T) for runs in row_runs(side)
+        )
         self._forms: dict[object, object] = {}
 
     def lists(self, device: torch.device) -> list[tuple[Span, int, Tensor]]:
@@ -80,11 +85,35 @@ class WindowTable:
             self._forms["rows", device] = keys.to(device, torch.int32)
         return self._forms["rows", device]  # pyright: ignore[reportReturnType]
 
+    def tiles(self, launches: Launches, S: int, device: torch.device) -> list[Tensor]:
+        """Tiles of latents of `S` tokens for the window kernels: of the forward pass, and where
+        gradients are on, of dQ, and of dK and dV. Needs `few_runs`."""
+        sizes = [launches.forward.rows]
+        if torch.is_grad_enabled():
+            sizes += [launches.query_gradient.rows, launches.key_gradient.rows]
+        made = []
+        for i, size in enumerate(sizes):
+            form = ("tiles", i == 2, size, S, device)
+            if form not in self._forms:
+                table = (self.table.T if i == 2 else self.table).contiguous()
+                content = table.numpy().tobytes()
+                self._forms[form] = placed_tiles(content, tuple(table.shape), S, size, device)
+            made.append(self._forms[form])
+        return made
+
+    def prepare(self, q: Float[Tensor, "B H Tq S D"]) -> None:
+        """Makes what `window_attention` will ask for with queries like these."""
+        if choose_backend("auto", q) == "triton":
+            if self.few_runs:
+                self.tiles(choose_launches(q), q.shape[3], q.device)
+            else:
+                self.rows(q.device)
+
 
 def window_attention(
     q: Float[Tensor, "B H Tq S D"],
-    k: Float[Tensor, "B H Tk S D"],
-    v: Float[Tensor, "B H Tk S D"],
+    k: Float[Tensor, "#B H Tk S D"],
+    v: Float[Tensor, "#B H Tk S D"],
     windows: WindowTable,
     valid: Bool[Tensor, "S"] | None = None,
     backend: Backend = "auto",
@@ -92,11 +121,22 @@ def window_attention(
     """Tokens of query latent i attend densely to all tokens of the key latents its window holds.
 
     `valid` marks the token slots of a latent that hold a token. `k` and `v` may have more latents
-    than the table has columns (a bank's spare room); those are never read.
+    than the table has columns (a bank's spare room); those are never read. Keys of one world may
+    serve the queries of many.
     """
-    S = q.shape[3]
+    S, Tk = q.shape[3], windows.table.shape[1]
+    if k.shape[0] < q.shape[0]:
+        k, v = (x.expand(q.shape[0], -1, -1, -1, -1) for x in (k, v))
     slots = None if valid is None else valid[None]
     backend = choose_backend(backend, q)
+    if backend == "triton" and windows.few_runs:
+        from decmem.ops import window_kernels
+
+        if k.shape[2] > Tk:
+            k, v = k[:, :, :Tk], v[:, :, :Tk]
+        launches = choose_launches(q)
+        tiles = windows.tiles(launches, S, q.device)
+        return window_kernels.window_attention(q, k, v, tiles, valid, launches)
     if backend == "triton":
         rows = windows.rows(q.device)[None, None]
         return block_sparse_attention(q, k, v, rows, valid=slots, backend=backend)

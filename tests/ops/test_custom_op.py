@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from decmem.ops.block_sparse import block_sparse_attention
+from decmem.ops.window import WindowTable
+from decmem.ops.window_launches import Launch, Launches
 
 pytestmark = pytest.mark.interpreter
 
@@ -30,6 +32,36 @@ def test_operators_pass_opcheck() -> None:
     # The gradient of a gradient is not offered.
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(backward, (*inputs, out, lse, torch.ones_like(out)), test_utils=tests)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
+def test_window_operators_pass_opcheck(padded: bool) -> None:
+    from decmem.ops.window_kernels import valid_words
+
+    windows = WindowTable(torch.tensor([[1, 0, 1], [0, 1, 1]]).bool())
+    launches = Launches(*[Launch(16, 16, 1, 1)] * 3)
+    tiles = windows.tiles(launches, 6, torch.device("cpu"))
+    words = valid_words(torch.arange(6) < 4) if padded else None
+
+    def inputs(requires_grad: bool) -> tuple:
+        q, k, v = (torch.randn(1, 2, n, 6, 16, requires_grad=requires_grad) for n in (2, 3, 3))
+        return q, k, v, tiles, words, launches.pack()
+
+    forward, backward = torch.ops.decmem.window_forward, torch.ops.decmem.window_backward
+    torch.library.opcheck(forward, inputs(True))
+    arguments = inputs(False)
+    out, lse = forward(*arguments)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(backward, (*arguments, out, lse, torch.ones_like(out)), test_utils=tests)
+
+
+def test_words_hold_the_validity_of_what_follows() -> None:
+    from decmem.ops.window_kernels import valid_words
+
+    valid = torch.arange(6) % 4 < 3
+    for first, word in enumerate(valid_words(valid).tolist()):
+        bits = [bool(word >> i & 1) for i in range(64)]
+        assert bits == [bool(valid[(first + i) % 6]) for i in range(64)]
 
 
 def test_gradients_have_the_same_bits_every_time() -> None:
