@@ -75,13 +75,19 @@ class TokenLayout:
         return torch.tensor([i for m in self._members for i in m + [m[0]] * (self.P - len(m))])
 
     @cached_property
-    def valid(self) -> Bool[Tensor, "M P"] | None:
-        """Slots that hold a token, or None when all do."""
+    def counts(self) -> Int[Tensor, "M"] | None:
+        """Tokens of each block, which come first in its slots, or None when they fill them all."""
         counts = [len(m) for m in self._members]
         if min(counts) == self.P:
             return None
-        counts = torch.tensor(counts)
-        return torch.arange(self.P) < counts[:, None]
+        return torch.tensor(counts, dtype=torch.int32, device="cpu")
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, "M P"] | None:
+        """Slots that hold a token, or None when all do."""
+        if self.counts is None:
+            return None
+        return torch.arange(self.P, device="cpu") < self.counts[:, None]
 
     @cached_property
     def raster(self) -> Int[Tensor, "tokens"]:

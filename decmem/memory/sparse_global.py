@@ -4,12 +4,12 @@ Section 3.3 and figure 4 of the paper. The cost of a chunk is bounded by k, not 
 its history; only the pooled scores grow with it.
 """
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from decmem.memory.layout import TokenLayout
 from decmem.ops.block_sparse import Backend, block_sparse_attention
+from decmem.ops.reference import slots_of
 from decmem.ops.selection import pool_blocks, select_blocks
 
 
@@ -34,18 +34,16 @@ class SparseGlobalMemory(nn.Module):
         self.retrieved = retrieved
         self.per_head = per_head
         self.backend: Backend = backend
+        self.counts: Tensor | None
+        self.register_buffer("counts", layout.counts, persistent=False)
 
     def blocks(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H N P D"]:
         """Latents as the blocks they are stored in."""
         return x.unflatten(3, (self.layout.M, self.layout.P)).flatten(2, 3)
 
-    def _valid(self, device: torch.device) -> Bool[Tensor, "M P"] | None:
-        valid = self.layout.valid
-        return None if valid is None else valid.to(device)
-
     def pool(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H N D"]:
         """Compress: the mean over a block's tokens."""
-        return pool_blocks(self.blocks(x), self._valid(x.device))
+        return pool_blocks(self.blocks(x), slots_of(self.counts, self.layout.P))
 
     def retrieve(
         self,
@@ -71,7 +69,7 @@ class SparseGlobalMemory(nn.Module):
             self.blocks(k),
             self.blocks(v),
             lists,
-            valid=self._valid(q.device),
+            valid=self.counts,
             backend=self.backend,
         )
         return out.unflatten(2, (-1, self.layout.M)).flatten(3, 4)

@@ -2,10 +2,19 @@
 
 Tokens come in blocks: queries `(B, H, Nq, Pq, D)`, keys and values `(B, H, Nk, Pk, D)`. Query
 block i reads the key blocks named by `lists[b, g, i]` (-1 = empty slot). `G` is 1 when all heads
-share a list, else H; one list may also stand for all worlds. Empty slots come last, and no block
-is listed twice. `valid` marks the token slots of a key block that hold a token; it repeats with
-its first dimension, so one row per kind of block is enough. Blocks listed nowhere are never
-touched.
+share a list, else H; one list may also stand for all worlds, and keys and values of one world for
+all worlds (a history that both branches of a guidance pair read). Empty slots come last, and no
+block is listed twice. Ascending lists are faster: programs then sweep the history together.
+
+`valid` says which token slots of a key block hold a token: how many, where they come first (faster:
+only the tile where they end is masked), or any slots. It repeats with its first dimension, so one
+row per kind of block is enough. Slots without a token may hold any finite number. Blocks listed
+nowhere are never touched.
+
+Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots;
+goes back by `triton`), `triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's
+compiler, again for every length of the history), `gather` (everywhere; copies what is listed) and
+`reference` (everywhere; the definition, dense and fp32).
 """
 
 import importlib.util
@@ -18,23 +27,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decmem.errors import UserError
-from decmem.ops import gather, reference
+from decmem.ops import flex, gather, reference
 
-Backend = Literal["auto", "reference", "gather", "triton"]
+Backend = Literal["auto", "reference", "gather", "triton", "hopper", "flex"]
 
-
-def _triton(*args: object, **kwargs: object) -> Tensor:
-    from decmem.ops import sparse_kernels
-
-    return sparse_kernels.block_sparse_attention(*args, **kwargs)  # pyright: ignore
-
-
-_BACKENDS: dict[str, Callable[..., Tensor]] = {
+_PLAIN: dict[str, Callable[..., Tensor]] = {
     "reference": reference.block_sparse_attention,
     "gather": gather.block_sparse_attention,
-    "triton": _triton,
+    "flex": flex.block_sparse_attention,
 }
-
 
 # Asked once: compiled code cannot search for packages.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -49,44 +50,95 @@ def choose_backend(backend: Backend, q: Tensor) -> Backend:
     """The backend that will run: what was asked for, or the best one for where `q` lies.
 
     Raises:
-        UserError: on an unknown backend, or Triton asked for where it cannot run.
+        UserError: on an unknown backend, or one asked for where it cannot run.
     """
     if backend == "auto":
-        backend = "triton" if q.is_cuda and triton_available() else "gather"
-    if backend not in _BACKENDS:
+        return "triton" if q.is_cuda and triton_available() else "gather"
+    if backend not in get_args(Backend):
         known = ", ".join(get_args(Backend))
         raise UserError("backend", f"{backend!r} is unknown", f"Choose one of: {known}")
-    if backend == "triton" and not triton_available():
+    if backend in ("triton", "hopper") and not triton_available():
         raise UserError(
             "backend",
-            "'triton' needs the triton package, which is not installed",
+            f"{backend!r} needs the triton package, which is not installed",
             "Install decmem[gpu], or use backend='gather'",
         )
-    if backend == "triton" and not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend in ("triton", "hopper", "flex") and not q.is_cuda and not interpreted:
         raise UserError(
-            "backend", "'triton' needs a GPU, the tensors are on the CPU", "Use backend='gather'"
+            "backend", f"{backend!r} needs a GPU, the tensors are on the CPU", "Use 'gather'"
         )
     return backend
 
 
+def _kernels(backend: Backend, chosen: Backend) -> str:
+    """Which kernels the chosen backend may use: "auto" settles it by the inputs' shapes."""
+    return "auto" if backend == "auto" else chosen
+
+
 def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
-    k: Float[Tensor, "B H Nk Pk D"],
-    v: Float[Tensor, "B H Nk Pk D"],
+    k: Float[Tensor, "#B H Nk Pk D"],
+    v: Float[Tensor, "#B H Nk Pk D"],
     lists: Int[Tensor, "#B G Nq K"],
-    valid: Bool[Tensor, "period Pk"] | None = None,
+    valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> Float[Tensor, "B H Nq Pq D"]:
     """Attention of each query block over its own list of key blocks (figure 4).
 
-    `scale` defaults to D^-1/2. `backend="auto"` takes Triton on a GPU where it is installed and
+    Differentiable in q, k and v; where worlds share keys, the gradients of these add up. `scale`
+    defaults to D^-1/2. `backend="auto"` takes the kernels on a GPU where Triton is installed, and
     gather + SDPA elsewhere. A query block with an empty list reads zeros.
 
     Raises:
-        UserError: on an unknown backend, or Triton asked for where it cannot run.
+        UserError: on an unknown backend, or one that cannot run here or with these inputs.
     """
     chosen = choose_backend(backend, q)
     if lists.shape[-1] == 0:
         return torch.zeros_like(q)
-    return _BACKENDS[chosen](q, k, v, lists, valid=valid, scale=scale)
+    if chosen in _PLAIN:
+        return _PLAIN[chosen](q, k, v, lists, valid=valid, scale=scale)
+    from decmem.ops import sparse_kernels
+
+    return sparse_kernels.block_sparse_attention(
+        q, k, v, lists, valid, scale, _kernels(backend, chosen)
+    )
+
+
+def decoupled_attention(
+    o_alm: Float[Tensor, "B H Nq Pq D"],
+    gate: Float[Tensor, "#B #H #Nq #Pq gates"],
+    q: Float[Tensor, "B H Nq Pq D"],
+    k: Float[Tensor, "#B H Nk Pk D"],
+    v: Float[Tensor, "#B H Nk Pk D"],
+    lists: Int[Tensor, "#B G Nq K"],
+    valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Float[Tensor, "B H Nq Pq D"]:
+    """o_alm + g o_sgm (equation 3), where o_sgm is `block_sparse_attention` of the rest.
+
+    `gate` has one value per channel, or one per token. Without gradients the kernels write the sum
+    themselves, and o_sgm never reaches memory; with gradients, and in the other backends, this is
+    the plain composition.
+
+    Raises:
+        UserError: as `block_sparse_attention`, and on a gate of another width.
+    """
+    if gate.shape[-1] not in (1, q.shape[-1]):
+        raise UserError(
+            "gate",
+            f"{gate.shape[-1]} values per token, expected 1 or {q.shape[-1]}",
+            "Give one per token or one per channel",
+        )
+    chosen = choose_backend(backend, q)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (o_alm, gate, q, k, v))
+    if chosen in _PLAIN or learning or lists.shape[-1] == 0:
+        o_sgm = block_sparse_attention(q, k, v, lists, valid, scale, backend)
+        return o_alm + (gate * o_sgm).to(o_alm.dtype)
+    from decmem.ops import sparse_kernels
+
+    return sparse_kernels.decoupled_attention(
+        o_alm, gate, q, k, v, lists, valid, scale, _kernels(backend, chosen)
+    )

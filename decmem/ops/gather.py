@@ -8,19 +8,34 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from decmem.ops.reference import slots_of
+
+
+def _gathered(x: Tensor, lists: Tensor) -> Tensor:
+    """The listed blocks, (B H Nq K, Pk D); worlds may share theirs.
+
+    One flat list over worlds and heads, so that it is a single index_select.
+    """
+    worlds, H, Nk, Pk, D = x.shape
+    B, G, Nq, K = lists.shape
+    world_head = torch.arange(worlds * H, device=x.device).view(worlds, H, 1, 1) * Nk
+    index = (world_head + lists).flatten()
+    return x.reshape(worlds * H * Nk, Pk * D).index_select(0, index)
+
 
 def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
-    k: Float[Tensor, "B H Nk Pk D"],
-    v: Float[Tensor, "B H Nk Pk D"],
+    k: Float[Tensor, "#B H Nk Pk D"],
+    v: Float[Tensor, "#B H Nk Pk D"],
     lists: Int[Tensor, "#B G Nq K"],
-    valid: Bool[Tensor, "period Pk"] | None = None,
+    valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
     """Same contract as `decmem.ops.reference.block_sparse_attention`."""
     B, H, Nq, Pq, D = q.shape
     Nk, Pk = k.shape[2:4]
     K = lists.shape[-1]
+    valid = slots_of(valid, Pk)
     lists = lists.expand(B, -1, Nq, K)
     filled = lists >= 0
     # Without empty slots no mask is needed; asking costs a synchronisation anywhere but here.
@@ -32,11 +47,7 @@ def block_sparse_attention(
         first = lists.amax(-1, keepdim=True).clamp(min=0)
         lists = torch.where(filled, lists, first)
 
-    # One flat list of blocks over batch and heads, so that the gather is a single index_select.
-    world_head = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * Nk
-    index = (world_head + lists).flatten()
-    keys = k.reshape(B * H * Nk, Pk * D).index_select(0, index).view(B, H * Nq, K * Pk, D)
-    values = v.reshape(B * H * Nk, Pk * D).index_select(0, index).view(B, H * Nq, K * Pk, D)
+    keys, values = (_gathered(x, lists).view(B, H * Nq, K * Pk, D) for x in (k, v))
     empty = None if full else ~filled.any(-1)
     if empty is not None and not (on_cpu and not empty.any()):
         # An empty list reads no block at all: what stands in for it is blanked.

@@ -16,12 +16,21 @@ def block_mask(lists: Int[Tensor, "#B G Nq K"], blocks: int) -> Bool[Tensor, "B 
     return mask[..., :blocks]
 
 
+def slots_of(
+    valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None, slots: int
+) -> Bool[Tensor, "period Pk"] | None:
+    """Counts of tokens that come first in their block as the slots they are in."""
+    if valid is None or valid.dtype == torch.bool:
+        return valid
+    return torch.arange(slots, device=valid.device) < valid[:, None]
+
+
 def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
-    k: Float[Tensor, "B H Nk Pk D"],
-    v: Float[Tensor, "B H Nk Pk D"],
+    k: Float[Tensor, "#B H Nk Pk D"],
+    v: Float[Tensor, "#B H Nk Pk D"],
     lists: Int[Tensor, "#B G Nq K"],
-    valid: Bool[Tensor, "period Pk"] | None = None,
+    valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
     """Every token of query block i attends densely to every token of the blocks in its list.
@@ -30,10 +39,11 @@ def block_sparse_attention(
     """
     B, H, Nq, Pq, D = q.shape
     Nk, Pk = k.shape[2:4]
+    valid = slots_of(valid, Pk)
     mask = block_mask(lists, Nk)  # (B, G, Nq, Nk)
     mask = mask[..., None].expand(*mask.shape, Pk)
     if valid is not None:
-        mask = mask & valid.repeat(Nk // valid.shape[0], 1)
+        mask = mask & valid[torch.arange(Nk, device=valid.device) % valid.shape[0]]
     mask = mask.flatten(3)[:, :, :, None, :]  # (B, G, Nq, 1, Nk Pk)
 
     # Unread memory may hold anything, NaN included: blank it before it meets the arithmetic.

@@ -21,11 +21,13 @@ def test_paper_layout() -> None:
     assert (PAPER.M, PAPER.P, PAPER.S, PAPER.tokens) == (6, 160, 960, 880)
     assert PAPER.valid is not None
     assert PAPER.valid.sum(1).tolist() == [154, 143, 143, 154, 143, 143]
+    assert PAPER.counts is not None
+    assert PAPER.counts.tolist() == [154, 143, 143, 154, 143, 143]
 
 
 def test_equal_blocks_need_no_padding() -> None:
     layout = TokenLayout((8, 12), (2, 3))
-    assert (layout.P, layout.S, layout.valid) == (16, 96, None)
+    assert (layout.P, layout.S, layout.valid, layout.counts) == (16, 96, None, None)
 
 
 def test_blocks_are_rectangles_in_reading_order() -> None:

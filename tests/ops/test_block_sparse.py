@@ -12,7 +12,8 @@ from torch import Tensor
 
 from decmem.errors import UserError
 from decmem.ops import block_sparse
-from decmem.ops.block_sparse import block_sparse_attention
+from decmem.ops.block_sparse import block_sparse_attention, decoupled_attention
+from decmem.ops.reference import slots_of
 
 
 class Run(NamedTuple):
@@ -46,7 +47,10 @@ exact_backend = pytest.mark.parametrize(
 
 
 class Case(NamedTuple):
-    """Sizes in the letters of the contract; `period` rows of token slots are partly padding."""
+    """Sizes in the letters of the contract; `period` rows of token slots are partly padding.
+
+    `counts`: said by counts. `shared`: all worlds read the keys of one.
+    """
 
     B: int = 1
     H: int = 2
@@ -58,12 +62,15 @@ class Case(NamedTuple):
     D: int = 64
     K: int = 3
     period: int = 0
+    counts: bool = False
+    shared: bool = False
 
     @property
     def name(self) -> str:
         sharing = "shared" if self.G == 1 else "per-head"
         padding = f"-padded{self.period}" if self.period else ""
-        return f"q{self.Pq}-k{self.Pk}-d{self.D}-{sharing}{padding}"
+        counted = "-counted" * self.counts + "-one-history" * self.shared
+        return f"q{self.Pq}-k{self.Pk}-d{self.D}-{sharing}{padding}{counted}"
 
 
 CASES = [
@@ -74,6 +81,9 @@ CASES = [
     Case(G=2, Pq=48, Pk=16, Nk=6, K=5, period=3),
     Case(H=1, Pq=80, Pk=160, D=72, Nk=2, K=2, period=2),
     Case(B=2, H=1, Nq=1, Pq=10, Pk=4, D=20, Nk=9, K=7),
+    Case(H=1, Nq=1, Pq=160, Pk=160, D=72, Nk=2, K=2, period=2, counts=True),
+    Case(B=2, H=1, Pq=16, Pk=24, D=64, Nk=4, K=3, period=2, counts=True, shared=True),
+    Case(B=2, H=2, G=2, Pq=72, Pk=64, D=40, Nk=4, K=2, shared=True),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -119,11 +129,12 @@ def make(case: Case, seed: int = 0) -> Inputs:
         return torch.randn(shape, generator=generator)
 
     q = normal(case.B, case.H, case.Nq, case.Pq, case.D)
-    k, v = (normal(case.B, case.H, case.Nk, case.Pk, case.D) for _ in "kv")
+    worlds = 1 if case.shared else case.B
+    k, v = (normal(worlds, case.H, case.Nk, case.Pk, case.D) for _ in "kv")
     valid = None
     if case.period:
-        counts = case.Pk - torch.arange(case.period) * 5 % case.Pk
-        valid = torch.arange(case.Pk) < counts[:, None]
+        valid = (case.Pk - torch.arange(case.period) * 5 % case.Pk).int()
+        valid = valid if case.counts else torch.arange(case.Pk) < valid[:, None]
     return Inputs(q, k, v, random_lists(case, generator), valid, normal(*q.shape))
 
 
@@ -131,10 +142,11 @@ def slot_mask(x: Inputs) -> Tensor:
     """(B, H, Nq, Nk, Pk): what each query block may read, written down slot by slot."""
     (B, H, Nq, _, _), (Nk, Pk), G = x.q.shape, x.k.shape[2:4], x.lists.shape[1]
     mask = torch.zeros(B, H, Nq, Nk, Pk, dtype=torch.bool)
+    valid = slots_of(x.valid, Pk)
     for b, h, i in product(range(B), range(H), range(Nq)):
         for j in x.lists[b, h if G > 1 else 0, i].tolist():
             if j >= 0:
-                mask[b, h, i, j] = True if x.valid is None else x.valid[j % len(x.valid)].cpu()
+                mask[b, h, i, j] = True if valid is None else valid[j % len(valid)].cpu()
     return mask
 
 
@@ -154,7 +166,8 @@ def pytorchs(x: Inputs, attention: Callable[..., Tensor]) -> list[Tensor]:
     q, k, v = (t.detach().clone().requires_grad_() for t in (x.q, x.k, x.v))
     mask = slot_mask(x).flatten(3).repeat_interleave(q.shape[3], dim=2).to(q.device)
     some = mask.any(-1, keepdim=True)
-    dense = attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), mask | ~some)
+    keys, values = (t.expand(len(q), -1, -1, -1, -1).flatten(2, 3) for t in (k, v))
+    dense = attention(q.flatten(2, 3), keys, values, mask | ~some)
     out = torch.where(some, dense, 0.0).view_as(q)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), x.grad)]
 
@@ -189,6 +202,29 @@ def test_output_and_gradients(case: Case, run: Run) -> None:
     assert_as_exact_as_pytorch(ours(x, run.backend), x)
 
 
+LARGE = [
+    Case(B=2, H=2, G=2, Nq=3, Pq=160, Pk=160, D=72, Nk=12, K=9, period=6, counts=True),
+    Case(B=2, H=2, G=2, Nq=2, Pq=192, Pk=192, D=96, Nk=7, K=5, shared=True),
+    Case(Nq=3, Pq=128, Pk=128, D=128, Nk=9, K=7, period=3, counts=True),
+    Case(H=1, Nq=3, Pq=64, Pk=64, D=64, Nk=9, K=9),
+    Case(H=1, Nq=2, Pq=480, Pk=480, D=72, Nk=4, K=3, period=1, counts=True),
+]
+LARGE_RUNS = [
+    run(backend, "cuda", dtype, pytest.mark.gpu)
+    for backend in ("hopper", "triton", "flex")
+    for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize("run", LARGE_RUNS)
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large_blocks(case: Case, run: Run) -> None:
+    if run.backend == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+    x = make(case).to(run)
+    assert_as_exact_as_pytorch(ours(x, run.backend), x)
+
+
 @exact_backend
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_unread_memory_never_leaks(case: Case, run: Run) -> None:
@@ -211,10 +247,12 @@ def test_unread_memory_never_leaks(case: Case, run: Run) -> None:
 
 
 @exact_backend
-def test_what_lies_in_padding_changes_nothing(run: Run) -> None:
-    x = make(CASES[1]).to(run)
-    assert x.valid is not None
-    padding = ~x.valid.repeat(x.k.shape[2] // len(x.valid), 1)[:, :, None]
+@pytest.mark.parametrize("counts", [False, True], ids=["slots", "counts"])
+def test_what_lies_in_padding_changes_nothing(run: Run, counts: bool) -> None:
+    x = make(CASES[1]._replace(counts=counts)).to(run)
+    valid = slots_of(x.valid, x.k.shape[3])
+    assert valid is not None
+    padding = ~valid.repeat(x.k.shape[2] // len(valid), 1)[:, :, None]
     other = x._replace(k=torch.where(padding, 7.0, x.k), v=torch.where(padding, -900.0, x.v))
     for before, after in zip(ours(x, run.backend), ours(other, run.backend), strict=True):
         assert torch.equal(before, after)
@@ -303,6 +341,53 @@ def test_strided_inputs_and_one_list_for_all_worlds(run: Run) -> None:
     assert torch.equal(out, whole)
 
 
+@exact_backend
+def test_a_part_of_a_larger_bank_is_read_in_place(run: Run) -> None:
+    x = make(Case(B=2, H=2, Nk=5)).to(run)
+    room = [torch.full((2, 2, 8, 16, 64), float("nan"), device=run.device) for _ in "kv"]
+    for whole, part in zip(room, (x.k, x.v), strict=True):
+        whole[:, :, 2:7] = part
+    views = [whole[:, :, 2:7] for whole in room]
+    out = block_sparse_attention(x.q, *views, x.lists, backend=run.backend)
+    assert torch.equal(out, block_sparse_attention(x.q, x.k, x.v, x.lists, backend=run.backend))
+
+
+@every_backend
+@pytest.mark.parametrize("gates", [1, 72], ids=["gate-per-token", "gate-per-channel"])
+def test_decoupled_attention(run: Run, gates: int) -> None:
+    x = make(CASES[1]).to(run)
+    o_alm = torch.randn_like(x.q)
+    gate = torch.rand_like(x.q[..., :gates])
+    with torch.no_grad():
+        got = decoupled_attention(o_alm, gate, x.q, x.k, x.v, x.lists, x.valid, backend=run.backend)
+    assert got.dtype == run.dtype
+    exact = (t.double() for t in (o_alm, gate, x.q, x.k, x.v))
+    o_alm, gate, q, k, v = exact
+    o_sgm = pytorchs(Inputs(q, k, v, x.lists, x.valid, x.grad.double()), written_out)[0]
+    truth = o_alm + gate * o_sgm
+    own = x._replace(grad=x.q)
+    error = (pytorchs(own, written_out)[0] - o_sgm).abs().max()
+    rounding = torch.finfo(run.dtype).eps * truth.abs().max()
+    assert (got - truth).abs().max() <= 2 * error + 2 * rounding
+
+
+def test_decoupled_attention_has_the_gradients_of_its_parts() -> None:
+    x = make(CASES[1])
+    o_alm, gate = torch.randn_like(x.q), torch.rand_like(x.q)
+    leaves = [t.requires_grad_() for t in (o_alm, gate, x.q, x.k, x.v)]
+    out = decoupled_attention(*leaves, x.lists, x.valid, backend="gather")
+    o_sgm = block_sparse_attention(*leaves[2:], x.lists, x.valid, backend="reference")
+    wanted = torch.autograd.grad(o_alm + gate * o_sgm, leaves, x.grad)
+    for got, want in zip(torch.autograd.grad(out, leaves, x.grad), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gate_of_another_width_is_refused() -> None:
+    x = make(CASES[1])
+    with pytest.raises(UserError, match="gate: 5 values per token, expected 1 or 72"):
+        decoupled_attention(x.q, x.q[..., :5], x.q, x.k, x.v, x.lists)
+
+
 def test_unknown_backend_is_named() -> None:
     with pytest.raises(UserError, match="backend: 'cudnn' is unknown"):
         inspect.unwrap(block_sparse.choose_backend)("cudnn", torch.zeros(1))
@@ -311,8 +396,9 @@ def test_unknown_backend_is_named() -> None:
 def test_triton_where_it_cannot_run_names_the_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make(Case())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match=r"needs a GPU.*gather"):
-        block_sparse_attention(x.q, x.k, x.v, x.lists, backend="triton")
+    for backend in ("triton", "hopper", "flex"):
+        with pytest.raises(UserError, match=f"'{backend}' needs a GPU.*gather"):
+            block_sparse_attention(x.q, x.k, x.v, x.lists, backend=backend)
     monkeypatch.setattr(block_sparse, "triton_available", lambda: False)
     with pytest.raises(UserError, match=r"not installed.*gather"):
         block_sparse_attention(x.q, x.k, x.v, x.lists, backend="triton")

@@ -1,0 +1,166 @@
+"""What the kernels of block-sparse attention must know of their inputs, and the tiles they use."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+
+
+class ForwardTiles(NamedTuple):
+    """A program has `tiles` tiles of `rows` query rows; a step has `keys` + `tail` keys."""
+
+    rows: int
+    tiles: int
+    keys: int
+    tail: int
+    warps: int
+    stages: int
+
+
+class QueryTiles(NamedTuple):
+    """Of dQ: as in the forward, without a tail."""
+
+    rows: int
+    tiles: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class KeyTiles(NamedTuple):
+    """Of dK and dV: a program has `keys` keys; a step has `rows` query rows."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class HopperTiles(NamedTuple):
+    """A stage holds `keys` + `tail` keys, read in `pieces` steps; `groups` of 64 rows share it."""
+
+    keys: int
+    tail: int
+    pieces: int
+    stages: int
+    groups: int
+
+
+class Blocks(NamedTuple):
+    """A tensor of blocks (B, H, N, P, D) as kernels see it: strides in blocks, 0 where shared."""
+
+    tensor: Tensor
+    world: int
+    head: int
+
+
+def blocks(x: Tensor) -> Blocks:
+    """`x` itself where each block lies in one piece (any part of a bank does), else a copy."""
+    B, H, N, P, D = x.shape
+    world, head, block, row, column = x.stride()
+    size = P * D
+    whole = column == 1 and (P == 1 or row == D) and (N == 1 or block == size)
+    apart = (B == 1 or world % size == 0) and (H == 1 or head % size == 0)
+    if not (whole and apart):
+        x = x.contiguous()
+        world, head = H * N * size, N * size
+    return Blocks(x, 0 if B == 1 else world // size, 0 if H == 1 else head // size)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def power(n: int, least: int = 16) -> int:
+    """The power of two from `n` up, at least `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def columns(D: int) -> tuple[int, int]:
+    """Head dim `D` as the sum of two powers of two that hold it, or of one and nothing."""
+    single = power(D)
+    first = single // 2
+    second = power(max(1, D - first))
+    return (first, second) if first >= 16 and first + second < single else (single, 0)
+
+
+def mask_of(valid: Tensor | None) -> tuple[int, int]:
+    """MASK and PERIOD of the Triton kernels."""
+    if valid is None:
+        return 0, 1
+    return (2 if valid.dtype == torch.bool else 1), valid.shape[0]
+
+
+def split_of(programs: int, device: torch.device) -> int:
+    """Parts to cut lists into, so that the last programs do not leave most of the GPU idle.
+
+    `programs`: how many there are without cutting, as if one filled a multiprocessor.
+    """
+    if device.type != "cuda":
+        return 1
+    waves = programs / torch.cuda.get_device_properties(device).multi_processor_count
+    return 1 if waves > 6 else 2 if waves > 1.5 else 4
+
+
+def _warps(rows: int) -> int:
+    # Four warps, 64 rows: a warp group. Fewer rows want fewer warps, so that none shares a row.
+    return 4 if rows >= 64 else 2 if rows >= 32 else 1
+
+
+def _row_tiles(tokens: int, rows: int, most: int) -> int:
+    """Tiles a program should own: as many as useful, none in vain."""
+    needed = cdiv(tokens, rows)
+    return min(range(min(most, needed), 0, -1), key=lambda n: cdiv(needed, n) * n)
+
+
+def forward_tiles(PQ: int, PK: int, D: int, element_size: int) -> ForwardTiles:
+    """The default of the Triton forward."""
+    rows = min(64, power(PQ))
+    if element_size > 2 or D > 128:
+        return ForwardTiles(rows, 1, 32, 0, _warps(rows), 2)
+    if PK < 64:
+        return ForwardTiles(rows, 1, 64, 0, _warps(rows), 3)
+    tiles = _row_tiles(PQ, rows, 3 if D <= 96 else 2)
+    keys, tail = next(
+        ((64, t) for t in (0, 16, 32) if PK % (64 + t) == 0), (32, 0) if PK % 32 == 0 else (64, 0)
+    )
+    return ForwardTiles(rows, tiles, keys, tail, _warps(rows), 3)
+
+
+def query_tiles(PQ: int, PK: int, D: int, element_size: int) -> QueryTiles:
+    """The default of dQ."""
+    rows = min(64, power(PQ))
+    if element_size > 2 or D > 128:
+        return QueryTiles(rows, 1, 16 if D > 64 else 32, _warps(rows), 2)
+    if PK < 64:
+        return QueryTiles(rows, 1, 64, _warps(rows), 2)
+    tiles = _row_tiles(PQ, rows, 3 if D <= 80 else 2)
+    return QueryTiles(rows, tiles, 64 if PK % 64 == 0 else 32, _warps(rows), 2)
+
+
+def key_tiles(PQ: int, PK: int, D: int, element_size: int) -> KeyTiles:
+    """The default of dK and dV."""
+    keys = min(64, power(PK))
+    if element_size > 2 or D > 128:
+        return KeyTiles(16 if D > 64 else 32, keys, _warps(keys), 2)
+    return KeyTiles(64 if PQ % 64 == 0 or PQ < 64 else 32, keys, _warps(keys), 2)
+
+
+# What a program may use of a multiprocessor's shared memory, less a little for barriers.
+_SHARED_BYTES = 225 * 1024
+
+
+def hopper_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
+    """The default for warp groups, or None where blocks do not suit them."""
+    groups = _row_tiles(PQ, 64, 3)
+    width = sum(columns(D))
+    left = _SHARED_BYTES - groups * 64 * width * 2
+    for keys, tail in ((64, 0), (64, 16)):
+        if PK % (keys + tail) == 0:
+            stages = min(6, left // (2 * (keys + tail) * width * 2))
+            return HopperTiles(keys, tail, 1, stages, groups)
+    return None

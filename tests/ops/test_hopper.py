@@ -1,0 +1,100 @@
+"""The kernels for Hopper GPUs, simulated: their waits, stages and indices against the definition.
+
+What only hardware shows (layouts, fences) is tested with the other backends, on a GPU.
+"""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from decmem.ops import reference, sparse_tiles
+from decmem.ops.sparse_tiles import HopperTiles, hopper_tiles
+
+from .gluon_simulator import simulated
+
+SOURCE = Path(sparse_tiles.__file__).with_name("sparse_hopper_kernels.py")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    return simulated(SOURCE)
+
+
+def inputs(
+    B: int, H: int, G: int, Nq: int, Pq: int, Nk: int, Pk: int, D: int, K: int, worlds: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(B, H, Nq, Pq, D, generator=generator)
+    k, v = (torch.randn(worlds, H, Nk, Pk, D, generator=generator) for _ in "kv")
+    lists = torch.full((B, G, Nq, K), -1, dtype=torch.int32)
+    for n, row in enumerate(lists.view(-1, K)):
+        length = K - n % (K + 1)
+        row[:length] = torch.randperm(Nk - 1, generator=generator)[:length].sort().values
+    k[:, :, -1], v[:, :, -1] = float("nan"), float("nan")  # nobody reads the last block
+    return q, k, v, lists
+
+
+CASES = {
+    "paper": ((1, 2, 2, 3, 160, 6, 160, 72, 4, 1), [154, 143, 143], HopperTiles(64, 16, 1, 5, 3)),
+    "paper-in-pieces": (
+        (1, 1, 1, 3, 160, 6, 160, 72, 5, 1), [154, 143], HopperTiles(128, 32, 2, 3, 3)
+    ),
+    "one-history": ((2, 1, 1, 2, 192, 4, 192, 96, 3, 1), None, HopperTiles(64, 0, 1, 4, 3)),
+    "two-groups": ((1, 1, 1, 2, 128, 6, 128, 64, 5, 1), [100, 0], HopperTiles(128, 0, 2, 2, 2)),
+    "one-group": ((2, 1, 1, 2, 64, 6, 64, 64, 5, 2), None, HopperTiles(64, 0, 1, 3, 1)),
+    "several-programs": ((1, 1, 1, 2, 480, 3, 320, 72, 2, 1), [300], HopperTiles(64, 16, 1, 6, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sizes", "counts", "tiles"), CASES.values(), ids=CASES)
+def test_forward_is_right_however_late_everything_comes(
+    kernels: ModuleType, sizes: tuple[int, ...], counts: list[int] | None, tiles: HopperTiles
+) -> None:
+    q, k, v, lists = inputs(*sizes)
+    valid = None if counts is None else torch.tensor(counts, dtype=torch.int32)
+    out, lse = kernels.run_forward(q, k, v, lists, valid, 0.1, split=1, tiles=tiles)
+    wanted = reference.block_sparse_attention(q, k, v, lists, valid, 0.1)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("gates", [1, 72])
+def test_the_local_branch_is_joined(kernels: ModuleType, gates: int) -> None:
+    q, k, v, lists = inputs(1, 1, 1, 2, 80, 4, 80, 72, 3, 1)
+    o_alm, gate = torch.randn_like(q), torch.rand_like(q[..., :gates]).contiguous()
+    out, _ = kernels.run_forward(q, k, v, lists, None, 0.1, o_alm, gate, split=1)
+    o_sgm = reference.block_sparse_attention(q, k, v, lists, None, 0.1)
+    torch.testing.assert_close(out, o_alm + gate * o_sgm, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("split", [2, 3])
+def test_lists_in_parts_give_the_same(kernels: ModuleType, split: int) -> None:
+    q, k, v, lists = inputs(1, 2, 2, 4, 64, 6, 64, 64, 4, 1)
+    whole = kernels.run_forward(q, k, v, lists, None, 0.1, split=1)
+    parts = kernels.run_forward(q, k, v, lists, None, 0.1, split=split)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_default_tiles_fit() -> None:
+    shapes = [(160, 160, 72), (192, 192, 96), (128, 128, 128), (64, 64, 64), (480, 480, 72)]
+    for PQ, PK, D in shapes:
+        tiles = hopper_tiles(PQ, PK, D)
+        assert tiles is not None
+        # Fewer stages than three would wait for themselves.
+        assert tiles.stages >= 3
+        assert PK % (tiles.keys + tiles.tail) == 0
+    assert hopper_tiles(48, 48, 64) is None
+
+
+def test_gluon_is_where_it_is_looked_for() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    from decmem.ops import sparse_kernels
+
+    assert sparse_kernels.sparse_hopper_kernels is not None
