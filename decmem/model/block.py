@@ -56,9 +56,10 @@ class SpatialAttention(nn.Module):
             for part, norm in ((q, self.q_norm), (k, self.k_norm))
         )
         mask = None if self.layout.valid is None else self.layout.valid.flatten().to(x.device)
-        q, k, v = (part.movedim(1, 2) for part in (q, k, v))  # (B, T, H, S, D)
+        # Latents are a batch: fused attention takes four dimensions.
+        q, k, v = (part.movedim(1, 2).flatten(0, 1) for part in (q, k, v))  # (B T, H, S, D)
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
-        return self.out(o.movedim(2, 3).flatten(-2))
+        return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, x.shape[:2]))
 
 
 class SpatiotemporalAttention(nn.Module):
