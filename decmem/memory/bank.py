@@ -25,6 +25,18 @@ from decmem.ops.selection import pool_blocks
 _SEGMENT = 64
 
 
+def _arena(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for (B, H, ..., D), uninitialised.
+
+    On a CPU all heads of a token lie side by side, as projections leave them: nothing is turned
+    round on its way in, and a block of all heads is gathered in one piece.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    B, H, *tokens, D = shape
+    return torch.empty(B, *tokens, H, D, dtype=dtype).movedim(-2, 1)
+
+
 @dataclass
 class LayerBank:
     """One layer's arena. `length` latents are history."""
@@ -55,7 +67,8 @@ class LayerBank:
         room = -(-latents // _SEGMENT) * _SEGMENT
         for name, per_latent in (("keys", 1), ("values", 1), ("pooled", layout.M)):
             old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], room * per_latent, *old.shape[3:])
+            shape = (*old.shape[:2], room * per_latent, *old.shape[3:])
+            new = _arena(shape, old.dtype, old.device)
             new[:, :, : self.length * per_latent] = old[:, :, : self.length * per_latent]
             setattr(self, name, new)
 
@@ -87,11 +100,12 @@ class Bank:
         self.position = position
         self.layout = layout
         self.anchor = anchor.double().cpu()
+        place = torch.device(device)
         self.layers = [
             LayerBank(
-                torch.empty(batch, heads, room, S, D, dtype=dtype, device=device),
-                torch.empty(batch, heads, room, S, D, dtype=dtype, device=device),
-                torch.empty(batch, heads, room * M, D, dtype=torch.float32, device=device),
+                _arena((batch, heads, room, S, D), dtype, place),
+                _arena((batch, heads, room, S, D), dtype, place),
+                _arena((batch, heads, room * M, D), torch.float32, place),
             )
             for _ in range(layers)
         ]

@@ -17,6 +17,7 @@ from decmem.errors import UserError
 from decmem.memory.surface import Sight, make_sight, point_angles, surface_rotation
 from decmem.ops.projective import projective_matrices, transform_quads
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
+from decmem.ops.untraced import untraced
 
 
 @dataclass(frozen=True)
@@ -140,43 +141,59 @@ def surface_shift(config: PositionConfig, shift: Float[Tensor, "B 3"]) -> Rotati
     return rotation((angles % (2 * math.pi)).float()[:, None, None, None])
 
 
-def _coded(config: PositionConfig, position: Position, x: Tensor, camera: Tensor) -> Tensor:
-    """R_sp^-1 and R_srf^-1 on their groups, behind a camera group that is coded already."""
-    space = x[..., config.camera : config.camera + config.space]
-    groups = [camera, rotate_pairs(space, position.space, inverse=True)]
-    rest = x[..., config.camera + config.space :].float()
-    if position.surface is not None:
-        groups.append(rotate_pairs(rest[..., : config.surface], position.surface, inverse=True))
-        rest = rest[..., config.surface :]
-    return torch.cat((*groups, rest), dim=-1).to(x.dtype)
-
-
 def encode_query(config: PositionConfig, position: Position, q: Tensor) -> Tensor:
     """R_cs^T q (eq. 5 without time), fp32 inside."""
-    camera = transform_quads(q[..., : config.camera], position.projection, transpose=True)
-    return _coded(config, position, q, camera)
+    return _coded(config, position, q, position.projection, transpose=True, inverse=True)
 
 
 def encode_key(config: PositionConfig, position: Position, k: Tensor) -> Tensor:
     """R_cs^-1 k (eq. 5 without time); the same for values (eq. 12), fp32 inside."""
-    camera = transform_quads(k[..., : config.camera], position.unprojection)
-    return _coded(config, position, k, camera)
+    return _coded(config, position, k, position.unprojection, transpose=False, inverse=True)
 
 
 def decode_output(config: PositionConfig, position: Position, o: Tensor) -> Tensor:
     """R_cs o (eq. 13), fp32 inside."""
-    camera, space, rest = o.split(
-        (config.camera, config.space, config.surface + config.time), dim=-1
-    )
-    groups = [transform_quads(camera, position.projection), rotate_pairs(space, position.space)]
-    rest = rest.float()
+    return _coded(config, position, o, position.projection, transpose=False, inverse=False)
+
+
+def _coded(
+    config: PositionConfig,
+    position: Position,
+    x: Tensor,
+    matrix: Tensor,
+    *,
+    transpose: bool,
+    inverse: bool,
+) -> Tensor:
+    """The camera group times `matrix`, the space and surface groups turned or turned back."""
+    groups = (config.camera, config.space, config.surface, config.time)
+    camera, space, surface, rest = x.split(groups, dim=-1)
+    if untraced(x):
+        # Every group goes to its place, and the heads of a token stay side by side.
+        out = torch.empty_like(x, dtype=torch.float32)
+        places = out.split(groups, dim=-1)
+        places[0].copy_(transform_quads(camera, matrix, transpose))
+        rotate_pairs(space, position.space, inverse, out=places[1])
+        if position.surface is not None:
+            rotate_pairs(surface, position.surface, inverse, out=places[2])
+        else:
+            places[2].copy_(surface)
+        places[3].copy_(rest)
+        return out.to(x.dtype)
+    parts = [transform_quads(camera, matrix, transpose)]
+    parts.append(rotate_pairs(space, position.space, inverse))
+    surface = surface.float()
     if position.surface is not None:
-        groups.append(rotate_pairs(rest[..., : config.surface], position.surface))
-        rest = rest[..., config.surface :]
-    return torch.cat((*groups, rest), dim=-1).to(o.dtype)
+        surface = rotate_pairs(surface, position.surface, inverse)
+    return torch.cat((*parts, surface, rest.float()), dim=-1).to(x.dtype)
 
 
 def encode_time(config: PositionConfig, x: Tensor, turn: Rotation) -> Tensor:
     """R_tem^T on the time group of queries or keys (eq. 5), fp32 inside."""
     rest, time = x.split((config.head_dim - config.time, config.time), dim=-1)
-    return torch.cat((rest, rotate_pairs(time, turn, inverse=True).to(x.dtype)), dim=-1)
+    turned = rotate_pairs(time, turn, inverse=True).to(x.dtype)
+    if untraced(x):
+        out = x.clone()
+        out[..., config.head_dim - config.time :].copy_(turned)
+        return out
+    return torch.cat((rest, turned), dim=-1)

@@ -11,7 +11,7 @@ from decmem.memory.base import Reading, Recall, heads_first, heads_last
 from decmem.memory.plan import Plan
 from decmem.memory.position import Position, seeing
 from decmem.memory.surface import SurfaceDepth
-from decmem.model.linear import Linear, ScaledNorm, rms_norm
+from decmem.model.linear import Linear, ScaledNorm, gelu, rms_norm
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
 
 
@@ -23,7 +23,7 @@ class HeadNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(heads))
 
     def forward(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H T S D"]:
-        return (rms_norm(x) * self.gain.float()[:, None, None, None]).to(x.dtype)
+        return rms_norm(x, self.gain.float()[:, None, None, None]).to(x.dtype)
 
 
 class SpatialAttention(nn.Module):
@@ -56,9 +56,10 @@ class SpatialAttention(nn.Module):
             for part, norm in ((q, self.q_norm), (k, self.k_norm))
         )
         mask = None if self.layout.valid is None else self.layout.valid.flatten().to(x.device)
-        q, k, v = (part.movedim(1, 2) for part in (q, k, v))  # (B, T, H, S, D)
+        # Latents are a batch: fused attention takes four dimensions.
+        q, k, v = (part.movedim(1, 2).flatten(0, 1) for part in (q, k, v))  # (B T, H, S, D)
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
-        return self.out(o.movedim(2, 3).flatten(-2))
+        return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, x.shape[:2]))
 
 
 class SpatiotemporalAttention(nn.Module):
@@ -113,7 +114,7 @@ class FeedForward(nn.Module):
         self.down = Linear(multiple * width, width, bias=False)
 
     def forward(self, x: Float[Tensor, "B T S width"]) -> Float[Tensor, "B T S width"]:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu(self.up(x)))
 
 
 class Block(nn.Module):

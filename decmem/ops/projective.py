@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decmem.ops.untraced import untraced
+
 
 def projective_matrices(
     world_to_camera: Float[Tensor, "*shape 4 4"], lens: Float[Tensor, "*shape 4"]
@@ -47,15 +49,30 @@ def transform_quads(
     """Multiplies every group of four channels by `matrix` (or its transpose), in fp32."""
     if not transpose:
         matrix = matrix.mT
+    if untraced(x) and x.dim() == 5 and matrix.shape[1::2] == (1, 1, 4):
+        return _transform_latents(x.float(), matrix[:, 0, :, 0])
+    quads = x.float().unflatten(-1, (-1, 4))
     if x.device.type == "cpu" and matrix.dim() > 2 and matrix.shape[-3] == 1:
         # One matrix for all tokens of a latent: one product of (tokens x groups, 4) by (4, 4)
         # instead of seven passes.
-        quads = x.float().unflatten(-1, (-1, 4)).flatten(-3, -2)
-        return (quads @ matrix.squeeze(-3)).unflatten(-2, (x.shape[-2], -1)).flatten(-2)
-    quads = x.float().unflatten(-1, (-1, 4))
+        rows = quads.flatten(-3, -2)
+        return (rows @ matrix.squeeze(-3)).unflatten(-2, quads.shape[-3:-1]).flatten(-2)
     # Written out: four multiply-adds per channel fuse where a batched 4x4 product would not.
     rows = matrix[..., None, :, :]
     out = quads[..., 0:1] * rows[..., 0, :]
     for i in range(1, 4):
         out = out + quads[..., i : i + 1] * rows[..., i, :]
     return out.flatten(-2)
+
+
+def _transform_latents(
+    x: Float[Tensor, "B H T S channels"], matrix: Float[Tensor, "B T 4 4"]
+) -> Float[Tensor, "B H T S channels"]:
+    """The short cut for one matrix a latent: all heads of all its tokens in one product, with a
+    matrix of channels x channels that has the given one along its diagonal."""
+    B, H, T, S, channels = x.shape
+    wide = x.new_zeros(B, T, channels // 4, 4, channels // 4, 4)
+    wide.diagonal(dim1=2, dim2=4).copy_(matrix[..., None])
+    rows = x.movedim(1, 3).reshape(B * T, S * H, channels)
+    out = torch.bmm(rows, wide.view(B * T, channels, channels))
+    return out.view(B, T, S, H, channels).movedim(3, 1)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor
 
+from decmem.ops.untraced import untraced
+
 
 class Rotation(NamedTuple):
     """Cosines and sines of the angles of channel pairs, fp32, computed once and used often."""
@@ -28,11 +30,25 @@ def rotation(angles: Float[Tensor, "... pairs"]) -> Rotation:
 
 
 def rotate_pairs(
-    x: Float[Tensor, "... channels"], turn: Rotation, inverse: bool = False
+    x: Float[Tensor, "... channels"],
+    turn: Rotation,
+    inverse: bool = False,
+    out: Float[Tensor, "... channels"] | None = None,
 ) -> Float[Tensor, "... channels"]:
-    """Rotates each pair (x[i], x[i + half]) by its angle, in fp32; `inverse` rotates back."""
-    a, b = x.float().chunk(2, dim=-1)
+    """Rotates each pair (x[i], x[i + half]) by its angle, in fp32; `inverse` rotates back.
+
+    `turn` broadcasts to x. `out`, fp32 and not x itself, is for callers without a trace.
+    """
+    x = x.float()
+    a, b = x.chunk(2, dim=-1)
     cos, sin = turn
     if inverse:
-        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        sin = -sin
+    if out is None and untraced(x):
+        out = torch.empty_like(x)
+    if out is None:
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    first, second = out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return out

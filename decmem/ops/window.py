@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decmem.ops.block_sparse import Backend, block_sparse_attention, choose_backend
+from decmem.ops.untraced import untraced
 from decmem.ops.window_launches import Launches, choose_launches
 from decmem.ops.window_tiles import MOST_RUNS, placed_tiles, row_runs
 
@@ -142,8 +143,14 @@ def window_attention(
         return block_sparse_attention(q, k, v, rows, valid=slots, backend=backend)
     few = len(windows.spans) == 1 or not q.is_cuda
     if backend == "gather" and few and all(span.contiguous for span in windows.spans):
-        pieces = [_attend_slice(q, k, v, span, valid) for span in windows.spans]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        if len(windows.spans) == 1:
+            return _attend_slice(q, k, v, windows.spans[0], valid)
+        if untraced(q):
+            out = torch.empty_like(q)  # laid out like the queries, which joining pieces is not
+            for span in windows.spans:
+                out[:, :, span.first : span.last] = _attend_slice(q, k, v, span, valid)
+            return out
+        return torch.cat([_attend_slice(q, k, v, span, valid) for span in windows.spans], dim=2)
     # Latents that see the same keys are gathered for once.
     pieces = []
     for first, count, lists in windows.lists(q.device):
@@ -161,4 +168,5 @@ def _attend_slice(q: Tensor, k: Tensor, v: Tensor, span: Span, valid: Tensor | N
     seen = slice(span.keys[0], span.keys[-1] + 1)
     mask = None if valid is None else valid.repeat(len(span.keys))[None]
     keys, values = (x[:, :, seen].flatten(2, 3) for x in (k, v))
-    return F.scaled_dot_product_attention(part.flatten(2, 3), keys, values, mask).view_as(part)
+    out = F.scaled_dot_product_attention(part.flatten(2, 3), keys, values, mask)
+    return out.unflatten(2, part.shape[2:4])

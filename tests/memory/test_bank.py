@@ -80,6 +80,15 @@ def test_growing_keeps_the_history(walk: Callable[..., Tensor]) -> None:
         assert one.pooled.shape[2] == 12 * 6
 
 
+def test_on_a_cpu_the_heads_of_a_token_lie_side_by_side(walk: Callable[..., Tensor]) -> None:
+    bank, k = new_bank(room=4), tokens(7, 0)
+    fill(bank, k, k, walk(7))  # the arena grew
+    for one in (bank, bank.fork()):
+        for arena in (one.layers[0].keys, one.layers[0].values):
+            assert arena.movedim(1, 3).is_contiguous()
+        assert one.layers[0].pooled.movedim(1, 2).is_contiguous()
+
+
 def test_growing_keeps_what_the_chunk_at_work_staged_in_other_layers(
     walk: Callable[..., Tensor],
 ) -> None:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from decmem.memory import Bank, PositionConfig, TokenLayout
-from decmem.memory.position import Position, encode_key, encode_query, make_position, seeing
+from decmem.memory.position import (
+    Position,
+    decode_output,
+    encode_key,
+    encode_query,
+    encode_time,
+    make_position,
+    seeing,
+    time_rotation,
+)
 from decmem.memory.surface import (
     FARTHEST,
     Sight,
@@ -154,10 +163,10 @@ def test_an_untrained_layer_guesses_eight_metres() -> None:
 
 
 def test_the_loss_is_least_at_the_truth() -> None:
-    mean, variance = torch.tensor([1.2]), torch.tensor([0.04])
+    mean, variance = torch.full((1, 1, 1), 1.2), torch.full((1, 1, 1), 0.04)
 
     def loss(log_depth: float, log_spread: float) -> float:
-        return float(depth_loss(torch.tensor([[log_depth, log_spread]]), mean, variance))
+        return float(depth_loss(torch.tensor([[[[log_depth, log_spread]]]]), mean, variance))
 
     best = loss(1.2, math.log(0.2))
     assert best == pytest.approx(math.log(0.2) + 0.5)
@@ -174,3 +183,23 @@ def test_sky_lies_where_the_haze_has_closed() -> None:
     for one in far[1:]:
         torch.testing.assert_close(one.cos, far[0].cos)
         torch.testing.assert_close(one.sin, far[0].sin)
+
+
+def test_the_short_cut_of_the_cpu(walk: Callable[..., Tensor]) -> None:
+    cameras = walk(3)
+    at, x = positions(cameras, estimates(cameras, -1.0)), heads(3)
+    side_by_side = x.movedim(1, 3).contiguous().movedim(3, 1)
+    for position in (at, at._replace(surface=None)):
+        for code in (encode_query, encode_key, decode_output):
+            plain = code(CONFIG, position, x)
+            with torch.no_grad():
+                for given in (x, side_by_side):
+                    short = code(CONFIG, position, given)
+                    torch.testing.assert_close(short, plain, atol=1e-6, rtol=1e-5)
+                    assert short.stride() == given.stride()
+                assert code(CONFIG, position, x.bfloat16()).dtype == torch.bfloat16
+    turn = time_rotation(CONFIG, torch.tensor([3, 4, 9]))
+    plain, before = encode_time(CONFIG, x, turn), x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(encode_time(CONFIG, x, turn), plain)
+    assert torch.equal(x, before)

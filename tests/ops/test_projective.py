@@ -95,3 +95,25 @@ def test_a_camera_is_plain_to_itself() -> None:
     q, k = torch.randn(2, 4, 12)
     same = logits(CAMERAS, LENS, q, k).diagonal()
     torch.testing.assert_close(same, (q * k).sum(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["matrix", "transposed"])
+@pytest.mark.parametrize("side_by_side", [False, True], ids=["apart", "side-by-side"])
+def test_the_short_cut_of_the_cpu(transpose: bool, side_by_side: bool) -> None:
+    x, matrix = torch.randn(2, 3, 4, 5, 16), torch.randn(2, 1, 4, 1, 4, 4)
+    if side_by_side:
+        x = x.movedim(1, 3).contiguous().movedim(3, 1)
+    part = x[..., 4:12]
+    plain = transform_quads(part, matrix, transpose)
+    with torch.no_grad():
+        torch.testing.assert_close(transform_quads(part, matrix, transpose), plain)
+        # Matrices of single tokens or heads are no case for it.
+        for other in (torch.randn(2, 1, 4, 5, 4, 4), torch.randn(2, 3, 4, 1, 4, 4)):
+            got = transform_quads(part, other, transpose)
+            torch.testing.assert_close(
+                got,
+                (
+                    part.unflatten(-1, (2, 4))[..., None, :]
+                    @ ((other if transpose else other.mT)[..., None, :, :])
+                ).flatten(-3),
+            )

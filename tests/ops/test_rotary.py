@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from decmem.ops.rotary import rotary_angles, rotate_pairs, rotation
@@ -39,3 +40,19 @@ def test_only_differences_of_the_index_count() -> None:
 def test_result_is_fp32() -> None:
     x, angles = torch.randn(2, 4, dtype=torch.bfloat16), torch.randn(2)
     assert rotate_pairs(x, rotation(angles)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["there", "back"])
+def test_the_short_cut_of_the_cpu(inverse: bool) -> None:
+    x = torch.randn(2, 5, 3, 8).movedim(2, 1)  # heads side by side
+    turn = rotation(torch.randn(5, 4) * 10)
+    plain = rotate_pairs(x, turn, inverse)
+    with torch.no_grad():
+        short = rotate_pairs(x, turn, inverse)
+        assert short.stride() == x.stride()
+        place = torch.full((2, 3, 5, 12), 7.0)
+        rotate_pairs(x, turn, inverse, out=place[..., 2:10])
+    torch.testing.assert_close(short, plain)
+    torch.testing.assert_close(place[..., 2:10], plain)
+    assert (place[..., :2] == 7).all()
+    assert (place[..., 10:] == 7).all()

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from decmem.ops.selection import block_scores, pool_blocks, ranking_keys, select_blocks
+from decmem.ops.selection import (
+    _clear_choice,
+    _ranked_choice,
+    block_scores,
+    pool_blocks,
+    ranking_keys,
+    select_blocks,
+)
 
 
 def best(scores: list[float], candidates: list[bool], count: int) -> list[int]:
@@ -58,6 +65,33 @@ def test_selection_equals_a_sort(count: int) -> None:
     ]
     assert lists[0, 0].tolist() == expected
     assert lists.dtype == torch.int32
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 20])
+def test_a_clear_choice_is_the_ranked_one(count: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    clear = 0
+    for case in range(80):
+        scores = torch.randn(1, 1, 5, 12, generator=generator)
+        if case % 4 == 1:
+            scores = scores.round()
+        if case % 4 == 2:
+            scores[..., case % 12] = [math.inf, -math.inf, math.nan][case % 3]
+        candidates = torch.rand(scores.shape, generator=generator) < (case + 1) / 80
+        chosen = _clear_choice(scores, candidates, count)
+        if chosen is not None:
+            clear += 1
+            assert torch.equal(chosen, _ranked_choice(scores, candidates, count))
+    assert (clear > 0) == (count < 12)
+
+
+def test_the_short_cut_is_taken_where_the_choice_is_clear() -> None:
+    scores = torch.tensor([[[[3.0, 1.0, 2.0, 1.0]]]])
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    assert _clear_choice(scores, everything, 2).tolist() == [[[[0, 2]]]]
+    assert _clear_choice(scores, everything, 3) is None  # blocks 1 and 3 are even
+    assert _clear_choice(scores, everything, 4) is None  # nothing is left to be above
+    assert _clear_choice(scores, scores > 2, 2) is None  # too few candidates
 
 
 def test_candidates_may_differ_between_worlds() -> None:

@@ -110,6 +110,15 @@ def test_equals_masked_dense_attention(
     assert_equals_dense(table, valid, backend)
 
 
+@every_table
+@every_padding
+@torch.no_grad()
+def test_the_short_cut_of_the_cpu(table: Tensor, valid: Tensor | None) -> None:
+    q, k, v = (x.movedim(1, 3).contiguous().movedim(3, 1) for x in inputs(table, spare=2))
+    out = window_attention(q, k, v, WindowTable(table), valid)
+    torch.testing.assert_close(out, dense(q, k, v, table, valid), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.gpu
 @every_table
 @every_padding
