@@ -12,14 +12,15 @@ import torch
 from decmem.memory.bank import LayerBank
 from decmem.play.ledger import ledger
 from decmem.rollout import Session
+from decmem.world.grid import World
 
 CPU = torch.device("cpu")
 
 
-def layers() -> list[LayerBank]:
-    """Every layer of every bank that is alive in this process."""
+def alive(*kinds: type) -> list[Any]:
+    """Everything of these kinds that is alive in this process."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if type(thing) is LayerBank]
+    return [thing for thing in gc.get_objects() if type(thing) in kinds]
 
 
 def storage(layers: list[LayerBank]) -> int:
@@ -68,11 +69,12 @@ def test_bytes_are_counted_by_hand(session: Callable[..., Session]) -> None:
 
 
 def test_the_worlds_of_a_server_hold_what_they_state_and_leave_nothing(live: Callable) -> None:
-    before = layers()  # of other tests: held, so that none of them goes meanwhile
+    # What other tests left is held, so that none of it goes meanwhile.
+    before = alive(LayerBank, World)
     old = set(map(id, before))
 
-    def new() -> list[LayerBank]:
-        return [layer for layer in layers() if id(layer) not in old]
+    def new(*kinds: type) -> list[Any]:
+        return [thing for thing in alive(*kinds) if id(thing) not in old]
 
     server = live(latents=200)
 
@@ -101,12 +103,12 @@ def test_the_worlds_of_a_server_hold_what_they_state_and_leave_nothing(live: Cal
     made = [[m for m in client.said if m["type"] == "chunk"] for client in clients]
     held = holdings()
     assert sum(chunks[-1]["memory_bytes"] for chunks in made) == held["stated_bytes"]
-    assert held["stated_bytes"] == held["arena_bytes"] == storage(new())
-    assert held["worlds"] == 2
+    assert held["stated_bytes"] == held["arena_bytes"] == storage(new(LayerBank))
+    assert held["worlds"] == len(new(World)) == 2
 
     for client in clients:
         client.say("bye")
         client.hear("bye")
     assert settled(lambda: holdings()["worlds"] == 0)
     assert holdings()["arena_bytes"] == 0
-    assert settled(lambda: not new())
+    assert settled(lambda: not new(LayerBank, World))
