@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +212,45 @@ def test_uploads_of_pictures_and_videos(live: Callable, tmp_path: Path) -> None:
     video = server.upload("video", (tmp_path / "a.mp4").read_bytes(), token)["id"]
     client.say("start", **{"from": "upload", "upload": video})
     assert "more than 11 frames" in client.hear("error")["problem"]
+
+
+def test_without_pyav_only_video_is_missing(
+    live: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)  # its import fails
+    for name in ("decmem.data.video", "decmem.data.clip"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    server = live(unseen=1000)
+    client, hello = server.visitor()
+    client.say("start", **{"from": "seed", "seed": 3})
+    client.chunk()
+    client.say("save", what="video")
+    told = client.hear("error")
+    assert (told["argument"], told["cure"]) == ("video", "pip install av")
+    assert client.chunk()["chunk"] > 1
+    track = io.BytesIO()
+    np.savez(track, zeros=np.zeros(1))
+    server.upload("track", track.getvalue(), hello["session"])
+    video = server.upload("video", b"\0" * 4 + b"ftypisom" + b"\0" * 20, hello["session"])["id"]
+    client.say("start", **{"from": "upload", "upload": video})
+    assert client.hear("error")["cure"] == "pip install av"
+    assert client.chunk()["chunk"] > 2
+
+
+def test_nothing_of_the_server_needs_pyav() -> None:
+    code = """
+import sys
+sys.modules["av"] = None
+import decmem.cli, decmem.play.opening, decmem.play.server, decmem.play.studio
+import decmem.play.environment, decmem.play.takeaway
+try:
+    import decmem.data.video
+except decmem.cli.UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "PyAV" in done.stdout
 
 
 def test_wrong_uploads_are_refused_and_change_nothing(live: Callable) -> None:
