@@ -2,7 +2,6 @@
 
 import gc
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +26,6 @@ def storage(layers: list[LayerBank]) -> int:
     """Bytes behind their arenas."""
     parts = [t.untyped_storage() for one in layers for t in (one.keys, one.values, one.pooled)]
     return sum({part.data_ptr(): part.nbytes() for part in parts}.values())
-
-
-def settled(condition: Callable[[], Any], seconds: float = 20.0) -> bool:
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.05)
-    return bool(condition())
 
 
 def test_an_empty_server_holds_nothing() -> None:
@@ -109,6 +101,6 @@ def test_the_worlds_of_a_server_hold_what_they_state_and_leave_nothing(live: Cal
     for client in clients:
         client.say("bye")
         client.hear("bye")
-    assert settled(lambda: holdings()["worlds"] == 0)
+    assert server.settles(lambda: holdings()["worlds"] == 0)
     assert holdings()["arena_bytes"] == 0
-    assert settled(lambda: not new(LayerBank, World))
+    assert server.settles(lambda: not new(LayerBank, World))
