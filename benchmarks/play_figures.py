@@ -102,18 +102,15 @@ def growth(samples: Sequence[dict[str, Any]], idle: dict[str, Any]) -> dict[str,
     """What grew from the first sample to the last, and what of it no world accounts for. A CPU's
     memory is taken when it is written to, a GPU's when it is reserved."""
     first, last = samples[0], samples[-1]
-
-    def grown(name: str) -> int | None:
-        return None if last[name] is None else last[name] - first[name]
-
+    gpu = last["gpu_bytes"] is not None
     figures = {
-        name: grown(name)
+        name: None if last[name] is None else last[name] - first[name]
         for name in ("arena_bytes", "written_bytes", "past_bytes", "resident_bytes", "gpu_bytes")
     }
-    known = (figures["written_bytes"] or 0) + (figures["past_bytes"] or 0)
     if figures["resident_bytes"] is not None:
+        known = 0 if gpu else figures["written_bytes"] + figures["past_bytes"]
         figures["resident_beyond_worlds"] = figures["resident_bytes"] - known
-    if last["gpu_bytes"] is not None:
+    if gpu:
         held = last["arena_bytes"] + last["past_bytes"]
         figures["gpu_beyond_worlds_since_idle"] = last["gpu_bytes"] - idle["gpu_bytes"] - held
     return figures
@@ -122,19 +119,20 @@ def growth(samples: Sequence[dict[str, Any]], idle: dict[str, Any]) -> dict[str,
 def told(found: dict[str, Any]) -> str:
     """The figures that are quoted, as a table."""
     row = found["rows"][0]
-    rates, waits = row["frames_per_second"], row["action_to_frame"]
-    memory = row["memory_per_session"]
+    rates, memory = row["frames_per_second"], row["memory_per_session"]
     lines = [
         ("visitors", f"{row['clients']}"),
         ("frames/s, slowest and median", f"{rates['slowest']:.2f}, {rates['median']:.2f}"),
     ]
-    if waits["count"]:
-        lines.append(
-            ("action to frame, median and p95", f"{waits['median']:.3f} s, {waits['p95']:.3f} s")
-        )
-    pieces = (f"{name} {seconds:.3f} s" for name, seconds in row["seconds_per_chunk"].items())
+    if "action_to_frame" in row:
+        waits, pieces = row["action_to_frame"], row["seconds_per_chunk"].items()
+        if waits["count"]:
+            shown = f"{waits['median']:.3f} s, {waits['p95']:.3f} s"
+            lines.append(("action to frame, median and p95", shown))
+        shown = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in pieces)
+        lines.append(("a chunk's pieces", shown))
     bank = f"{memory['arena_bytes'] / 2**20:.1f} MiB, {memory['latents']} latents"
-    lines += [("a chunk's pieces", ", ".join(pieces)), ("bank a session", bank)]
+    lines.append(("bank a session", bank))
     for name, what in (("resident_bytes", "process"), ("gpu_bytes", "GPU")):
         if memory[name] is not None:
             lines.append((f"{what} memory a session", f"{memory[name] / 2**20:.1f} MiB"))

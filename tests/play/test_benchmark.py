@@ -133,9 +133,12 @@ def test_an_arena_that_is_larger_than_it_says_is_told(figures: ModuleType) -> No
 
 
 def test_growth_that_no_world_accounts_for_is_told(figures: ModuleType) -> None:
-    idle = memory(0, 0, 50, 500)
-    first, last = memory(8, 800, 1000, 600 + 800), memory(8, 1600, 2000, 600 + 1600)
-    found = figures.growth([first, last], idle)
     # 400 more are history, 100 more are latents and steering.
+    found = figures.growth([memory(8, 800, 1000), memory(8, 1600, 2000)], memory(0, 0, 50))
     assert found["resident_beyond_worlds"] == 1000 - 500
+    assert "gpu_beyond_worlds_since_idle" not in found
+    # On a GPU the worlds are there, and reserved as a whole.
+    there = [memory(8, 800, 1000, 600 + 800), memory(8, 1600, 2000, 600 + 1600)]
+    found = figures.growth(there, memory(0, 0, 50, 500))
+    assert found["resident_beyond_worlds"] == 1000
     assert found["gpu_beyond_worlds_since_idle"] == 600 + 1600 - 500 - 1600 - 200
