@@ -163,7 +163,7 @@ class Guest:
     def _standing(self) -> tuple[str, str]:
         """Whether the world goes on, and why not."""
         if self.journey is None or not self.begun:
-            return "waiting", "choose where to begin"
+            return "waiting", "choose a start"
         if self.failed:
             return "stopped", self.failed
         bank = self.journey.session.history.bank
@@ -332,6 +332,7 @@ class Guest:
             seed=journey.told.get("seed"),
             trail=journey.trail(),
         )
+        self._status = ("", "")  # it counts for another world now, even where it is the same
         await self._tell_branches()
         pictures = journey.pictures(first)
         while (small := await self.studio.advance(pictures)) is not None:

@@ -68,6 +68,16 @@ def test_two_unseen_chunks_are_the_most(live: Callable) -> None:
     assert client.hear("chunk")["chunk"] >= 4
 
 
+def test_how_a_world_stands_is_told_of_each(live: Callable) -> None:
+    server = live()
+    client, _ = server.visitor()
+    for seed in (3, 4):
+        client.say("start", **{"from": "seed", "seed": seed})
+        assert client.hear("started")["seed"] == seed
+        assert client.hear("status", "chunk")["type"] == "status"
+        assert client.said[-1]["state"] == "running"
+
+
 def test_settings_and_the_lens(live: Callable) -> None:
     server = live()
     client, _ = server.visitor()
