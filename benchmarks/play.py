@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the JSON")
     parser.add_argument("flags", nargs="*", help="flags of decmem play, after --")
     asked = parser.parse_args()
+    commit = code_commit()
     most = max(asked.clients, asked.most if asked.search else 0)
     with served(asked.flags, most) as server:
         found = asyncio.run((soak if asked.soak else speed)(server, asked))
@@ -170,7 +171,7 @@ def main() -> None:
         {
             "schema_version": 1,
             "theme": theme,
-            "commit": code_commit(),
+            "commit": commit,
             "machine": describe_machine(torch.device(device)),
             "flags": [flag for flag in asked.flags if "/" not in flag],
             "settings": asked.set,
