@@ -1,39 +1,29 @@
-"""Frames per second of the block world's renderers, and how well they agree, as JSON.
+"""Frames per second of the block world's renderers, and how well they agree.
 
-python benchmarks/world_render.py [--device cuda] [--frames 8192]
+python benchmarks/world_render.py [--device cuda] [--frames 8192] [--out FOLDER]
+
+Writes world_render_DEVICE_YYYYMM.json. On a GPU the agreement of its pictures with the CPU's is
+measured too.
 """
 
+import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
+from decmem.machine import code_commit, describe_machine
+from decmem.storage import write_json
 from decmem.world.camera import DEFAULT_SIZE
 from decmem.world.generation import build_world
 from decmem.world.motion import state_cameras
-from decmem.world.render import Device, Renderer
+from decmem.world.render import Renderer
 from decmem.world.training_walk import train_walks
 from decmem.world.version import WORLD_VERSION
-
-
-@dataclass(frozen=True)
-class WorldRender:
-    """device: cpu, or cuda, which also measures the agreement with the CPU; worlds: how many lie
-    side by side; frames: rendered per call on cuda; repeats: the median of so many counts.
-    """
-
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    worlds: int = 64
-    frames: int = 8192
-    repeats: int = 7
-    agreement_frames: int = 96
 
 
 def _scene(worlds: int, frames: int) -> tuple[list[Any], torch.Tensor, torch.Tensor]:
@@ -47,7 +37,7 @@ def _scene(worlds: int, frames: int) -> tuple[list[Any], torch.Tensor, torch.Ten
 
 
 def _cpu_rates(scene: tuple[list[Any], torch.Tensor, torch.Tensor], repeats: int) -> dict[str, Any]:
-    """One core, frame by frame: the median over frames of the best of `repeats` runs."""
+    """One core, frame by frame: the mean over frames of the best of `repeats` runs."""
     built, index, poses = scene
     chosen = torch.linspace(0, len(index) - 1, 64).round().long()
     rates = {}
@@ -117,25 +107,35 @@ def _agreement(scene: tuple[list[Any], torch.Tensor, torch.Tensor], frames: int)
 
 
 def main() -> None:
-    """Measure and print."""
-    options = tyro.cli(WorldRender, description=__doc__)
-    scene = _scene(options.worlds, options.frames)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
+    parser.add_argument("--worlds", type=int, default=64, help="how many lie side by side")
+    parser.add_argument("--frames", type=int, default=8192, help="rendered per call on cuda")
+    parser.add_argument("--repeats", type=int, default=7, help="runs per figure")
+    parser.add_argument("--agreement-frames", type=int, default=96, help="compared with the CPU's")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the JSON")
+    asked = parser.parse_args()
+    scene = _scene(asked.worlds, asked.frames)
     report: dict[str, Any] = {
+        "schema_version": 1,
+        "theme": "world_render",
+        "commit": code_commit(),
+        "machine": describe_machine(torch.device(asked.device)),
         "world_version": WORLD_VERSION,
-        "commit": commit.stdout.strip(),
         "size": DEFAULT_SIZE,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "cpu_one_core_frames_per_second": _cpu_rates(scene, options.repeats),
+        "worlds": asked.worlds,
+        "frames": asked.frames,
+        "repeats": asked.repeats,
+        "cpu_one_core_frames_per_second": _cpu_rates(scene, asked.repeats),
     }
-    if options.device == "cuda":
-        report["gpu"] = torch.cuda.get_device_name()
-        report["cuda_frames_per_second"] = _cuda_rates(scene, options.repeats)
-        report["agreement"] = _agreement(scene, options.agreement_frames)
+    if asked.device == "cuda":
+        report["cuda_frames_per_second"] = _cuda_rates(scene, asked.repeats)
+        report["agreement"] = _agreement(scene, asked.agreement_frames)
+    path = asked.out / f"world_render_{asked.device}_{time.strftime('%Y%m')}.json"
+    write_json(path, report)
     print(json.dumps(report, indent=2))
+    print(f"{path} holds the same.")
 
 
 if __name__ == "__main__":

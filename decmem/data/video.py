@@ -10,15 +10,22 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
-from av.container import InputContainer, OutputContainer
-from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from PIL import Image
 
 from decmem.errors import UserError
 from decmem.storage import atomic_file
+
+try:
+    import av
+    from av.container import InputContainer, OutputContainer
+    from av.video.stream import VideoStream
+except ImportError as error:
+    # Whoever needs no video never imports this file.
+    raise UserError(
+        "video", "PyAV, which reads and writes it, is not installed", "pip install av"
+    ) from error
 
 logger = logging.getLogger(__name__)
 

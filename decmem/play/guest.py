@@ -139,7 +139,7 @@ class Guest:
             wait: float | None = None
             try:
                 while self._requests:
-                    await self._obey(self._requests.popleft())
+                    await self._try(self._requests.popleft())
                 state, reason = self._standing()
                 await self._tell_status(state, reason)
                 if state == "running":
@@ -154,6 +154,7 @@ class Guest:
                 _log.exception("a world could not go on")
                 self.failed = "the server failed; it is told in its log"
                 await self._complain(UserError("server", "this world failed", "Start it again"))
+                continue  # how it stands now is told too
             # Not wait_for: in Python 3.11 it loses a cancellation that meets the awaited event.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
@@ -162,7 +163,7 @@ class Guest:
     def _standing(self) -> tuple[str, str]:
         """Whether the world goes on, and why not."""
         if self.journey is None or not self.begun:
-            return "waiting", "choose where to begin"
+            return "waiting", "choose a start"
         if self.failed:
             return "stopped", self.failed
         bank = self.journey.session.history.bank
@@ -244,6 +245,13 @@ class Guest:
         if self.line is not None:
             await self.line.hand({"type": "thumbnails", "first": first}, parts)
 
+    async def _try(self, request: dict[str, Any]) -> None:
+        """Does what is asked, or tells why not; the world goes on as it was."""
+        try:
+            await self._obey(request)
+        except UserError as error:
+            await self._complain(error)
+
     async def _obey(self, request: dict[str, Any]) -> None:
         kind = request["type"]
         if kind == "start":
@@ -324,6 +332,7 @@ class Guest:
             seed=journey.told.get("seed"),
             trail=journey.trail(),
         )
+        self._status = ("", "")  # it counts for another world now, even where it is the same
         await self._tell_branches()
         pictures = journey.pictures(first)
         while (small := await self.studio.advance(pictures)) is not None:

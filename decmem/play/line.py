@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections import deque
+from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -29,6 +30,7 @@ class Line:
         self._strikes: deque[float] = deque()
         self._logged: set[str] = set()
         self._scolded = 0.0
+        self._hearing: asyncio.Future[Any] | None = None
 
     async def tell(self, kind: str, **fields: Any) -> None:
         """A JSON message."""
@@ -59,11 +61,8 @@ class Line:
     async def message(self) -> dict[str, Any] | None:
         """The next sound thing the client says; None when it is gone or was shown out."""
         while self.open:
-            try:
-                raw = await self.socket.receive()
-            except (WebSocketDisconnect, RuntimeError):
-                break
-            if raw["type"] != "websocket.receive":
+            raw = await self._receive()
+            if raw is None or raw["type"] != "websocket.receive":
                 break
             try:
                 self._count(time.monotonic())
@@ -90,6 +89,20 @@ class Line:
             self._scolded = now
             await self.complain(error)
 
+    async def _receive(self) -> MutableMapping[str, Any] | None:
+        """What comes next; None where the line was lost, or given up meanwhile."""
+        hearing = self._hearing = asyncio.ensure_future(self.socket.receive())
+        try:
+            await asyncio.wait({hearing})
+        finally:
+            hearing.cancel()
+        if hearing.cancelled():
+            return None
+        try:
+            return hearing.result()
+        except (WebSocketDisconnect, RuntimeError):
+            return None
+
     def _count(self, now: float) -> None:
         self._times.append(now)
         while self._times[0] <= now - 1:
@@ -108,9 +121,10 @@ class Line:
             _log.warning(
                 "a client took in nothing for %g s and was let go", self.bounds.send_seconds
             )
+            # No farewell, it would wait behind the rest. Nor is the connection's end waited for:
+            # it comes when the last byte is taken in, so perhaps never.
             self.open = False
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(1):
-                    await self.socket.close()
+            if self._hearing is not None:
+                self._hearing.cancel()
         except (WebSocketDisconnect, RuntimeError, OSError):
             self.open = False

@@ -8,8 +8,11 @@ import logging
 import time
 from typing import Any
 
+import torch
+
 from decmem.errors import UserError
 from decmem.play.guest import Guest
+from decmem.play.ledger import ledger
 from decmem.play.line import Line
 from decmem.play.parcels import Parcels
 from decmem.play.protocol import check_version
@@ -123,6 +126,12 @@ class Lobby:
         self._announce()
         await self.studio.work(_give_back)
 
+    async def holdings(self) -> dict[str, int | None]:
+        """What all worlds hold now, in bytes; see `ledger`."""
+        journeys = [guest.journey for guest in self.guests.values()]
+        worlds = [journey.session for journey in journeys if journey is not None]
+        return await self.studio.work(ledger, worlds, self.studio.session.device)
+
     async def close(self) -> None:
         """Ends everything."""
         self._sweeper.cancel()
@@ -151,7 +160,10 @@ class Lobby:
 
 
 def _give_back() -> None:
-    """Hands freed memory back to the system: glibc would keep what many threads once held."""
+    """Hands freed memory back to the system: PyTorch would keep what it once took of a GPU, and
+    glibc what many threads once held."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

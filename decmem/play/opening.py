@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from decmem.data.clip import load_clip, whole_latents
 from decmem.errors import UserError
 from decmem.play.defaults import Bounds
 from decmem.play.journey import Journey, Progress
@@ -94,6 +93,9 @@ def _check_unpacked(track: Path, most: int) -> None:
 
 def _newest(video: Path, track: Path, size: tuple[int, int], bounds: Bounds) -> Episode:
     """The newest frames of a clip, whole latents of them."""
+    # Here, so that a server without PyAV lacks nothing but video.
+    from decmem.data.clip import load_clip, whole_latents
+
     clip, _ = load_clip(video, track, size, FPS, limit=bounds.video_read)
     newest = slice(max(0, len(clip) - bounds.video_frames), None)
     return whole_latents(

@@ -48,6 +48,7 @@ def build_app(studio: Studio, host: str = "127.0.0.1", allowed: tuple[str, ...] 
             WebSocketRoute("/ws", _socket),
             Route("/upload", _upload, methods=["POST"]),
             Route("/file/{key}", _file),
+            Route("/memory", _memory),
             Mount("/static", StaticFiles(directory=PAGE, check_dir=False)),
         ],
         middleware=[Middleware(Gate, host=host, allowed=allowed)],
@@ -93,6 +94,11 @@ async def _file(request: Request) -> Response:
     if parcel is None or parcel.kind != "file":
         return _told(UserError("file", "no such file", "Save again"), 404)
     return FileResponse(parcel.path, filename=parcel.name, headers=_SAFE)
+
+
+async def _memory(request: Request) -> Response:
+    lobby: Lobby = request.app.state.lobby
+    return JSONResponse(await lobby.holdings(), headers=_SAFE)
 
 
 def _told(error: UserError, status: int) -> Response:

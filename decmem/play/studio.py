@@ -103,7 +103,8 @@ class Studio:
         """The device, for people."""
         if self.session.device.type == "cuda":
             return torch.cuda.get_device_name(self.session.device)
-        return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"CPU ({platform.machine()}), {threads} thread{'s' * (threads != 1)}"
 
     def introduction(self) -> dict[str, Any]:
         """The part of `hello` that is the same for everybody."""

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from decmem.codec.base import DecoderStream
-from decmem.data.video import video_writer
 from decmem.play.journey import Journey, Progress
 from decmem.saved_world import save_world
 from decmem.world.version import FPS
@@ -19,7 +18,14 @@ def pack_world(journey: Journey, path: Path) -> Iterator[Progress]:
 
 
 def film(journey: Journey, path: Path) -> Iterator[Progress]:
-    """Writes the whole walk as a video: memory as the codec shows it, then the dream."""
+    """Writes the whole walk as a video: memory as the codec shows it, then the dream.
+
+    Raises:
+        UserError: where PyAV is not installed.
+    """
+    # Here, so that a server without PyAV lacks nothing but video.
+    from decmem.data.video import video_writer
+
     latents = journey.session.latents
     assert latents is not None
     stream, codec = DecoderStream(), journey.session.codec

@@ -1,7 +1,7 @@
 """The truth beside the dream: a block world's player follows the same actions."""
 
 from collections.abc import Iterator
-from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, UInt8
@@ -14,11 +14,8 @@ from decmem.world.motion import run, state_cameras
 from decmem.world.render import Renderer
 from decmem.world.walks import make_walk
 
-
-@lru_cache(maxsize=4)
-def _world(seed: int) -> World:
-    """Worlds are never changed: visitors of one seed share it, and coming back costs nothing."""
-    return build_world(seed)
+# Worlds are never changed: visitors of one seed share it, and the last one takes it along.
+_worlds: WeakValueDictionary[int, World] = WeakValueDictionary()
 
 
 class Truth:
@@ -33,7 +30,9 @@ class Truth:
 
     def __init__(self, seed: int, size: tuple[int, int], pace: Pace) -> None:
         self.seed = seed
-        self.world = _world(seed)
+        shared = _worlds.get(seed)
+        self.world = build_world(seed) if shared is None else shared
+        _worlds[seed] = self.world
         self.fine = Renderer(size, supersample=2, threads=2)
         self.quick = Renderer(size, supersample=pace.supersample, threads=pace.threads)
         self.states: Int64[np.ndarray, "F 8"] = np.zeros((0, 8), np.int64)

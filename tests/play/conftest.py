@@ -2,14 +2,17 @@
 
 import contextlib
 import http.client
+import io
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 import uvicorn
+from PIL import Image
 from websockets.sync.client import connect
 
 from decmem.codec import Autoencoder
@@ -41,6 +44,19 @@ def session(parts: tuple[Autoencoder, WorldModel]) -> Callable[..., Session]:
 
     def made(**settings) -> Session:
         return Session(*parts, **{"steps": 1, "chunk": 1} | settings)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """A picture file of noise, 18 kB."""
+
+    def made(suffix: str = "PNG") -> bytes:
+        stream = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (50, 120, 3), np.uint8)
+        Image.fromarray(noise).save(stream, suffix)
+        return stream.getvalue()
 
     return made
 
@@ -136,6 +152,13 @@ class Live:
 
     def upload(self, kind: str, body: bytes, token: str) -> dict:
         return json.loads(self.fetch(f"/upload?kind={kind}&session={token}", body)[1])
+
+    def settles(self, condition: Callable[[], object], seconds: float = 20.0) -> bool:
+        """Whether something comes true in time."""
+        until = time.monotonic() + seconds
+        while not condition() and time.monotonic() < until:
+            time.sleep(0.02)
+        return bool(condition())
 
     def stop(self) -> None:
         for client in self.clients:

@@ -2,7 +2,7 @@
 
 import { fit, palette } from "./palette.js";
 
-const MARGIN = 16;
+const MARGIN = 24; // room for the sight of a camera at the edge
 const SMALLEST = 16; // metres the map shows at least
 const SIGHT = 22; // pixels
 const HALF_VIEW = Math.PI / 5;

@@ -119,6 +119,7 @@ const timeline = new Timeline(
   { slider: at("timeline"), moment: at("moment"), button: at("rewind") },
   {
     preview(latents) {
+      root.dataset.past = latents === null ? "no" : "yes";
       if (latents === null) {
         screen.preview(null);
         if (paused) send({ type: "resume" });
@@ -293,8 +294,10 @@ at("snapshot").addEventListener("click", () => {
   savePicture(at("dream"), truth ? at("truth") : null, caption, name);
 });
 at("leave").addEventListener("click", () => {
+  timeline.release();
   send({ type: "pause" });
   view("start");
+  screen.preview(undefined); // frames that still come do not paint over the sketch
   drawSketch(Number(start.seed.value));
   start.seed.focus();
 });

@@ -25,7 +25,7 @@ export class Screen {
     if (truth) draw(this.truth, truth);
   }
 
-  /** Shows a past picture instead of the present one; null goes back. */
+  /** Shows a past picture instead of the present one, undefined whatever is there; null goes back. */
   preview(picture) {
     this.#previewing = picture !== null;
     if (picture !== undefined) draw(this.dream, picture ?? this.#last);
