@@ -99,7 +99,7 @@ def fed_bytes(group, groups, BN, BT, D0, D1):
 
 @gluon.jit
 @no_type_check
-def _copy(
+def copy_pieces(
     maps, buffers, line, stage, bar, VALUES: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr,
     D0: gl.constexpr, D1: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _copy(
 
 @gluon.jit
 @no_type_check
-def _feed(
+def feed(
     m, first, LISTS, k_maps, v_maps, k_buffers, v_buffers, full, free, k_line, v_line,
     PK: gl.constexpr, BN: gl.constexpr, BT: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
@@ -134,13 +134,13 @@ def _feed(
     mbarrier.wait(free.index(stage), ((m // STAGES) & 1) ^ 1)
     bar = full.index(stage)
     mbarrier.expect(bar, fed_bytes(GROUP, GROUPS, BN, BT, D0, D1))
-    _copy(k_maps, k_buffers, k_line + at, stage, bar, False, BN, BT, D0, D1, GROUP, GROUPS)
-    _copy(v_maps, v_buffers, v_line + at, stage, bar, True, BN, BT, D0, D1, GROUP, GROUPS)
+    copy_pieces(k_maps, k_buffers, k_line + at, stage, bar, False, BN, BT, D0, D1, GROUP, GROUPS)
+    copy_pieces(v_maps, v_buffers, v_line + at, stage, bar, True, BN, BT, D0, D1, GROUP, GROUPS)
 
 
 @gluon.jit
 @no_type_check
-def _pieces(
+def pieces_of(
     buffers, BN: gl.constexpr, BT: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     PIECES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -226,12 +226,12 @@ def _compute(
     barrier()
 
     for m in range(0, gl.minimum(AHEAD, last - first)):
-        _feed(
+        feed(
             m, first, LISTS, k_maps, v_maps, k_buffers, v_buffers, full, free, k_line, v_line,
             PK, BN, BT, D0, D1, STAGES, GROUP, GROUPS,
         )  # fmt: skip
-    k_pieces = _pieces(k_buffers, BN, BT, D0, D1, PIECES, STAGES)
-    v_pieces = _pieces(v_buffers, BN, BT, D0, D1, PIECES, STAGES)
+    k_pieces = pieces_of(k_buffers, BN, BT, D0, D1, PIECES, STAGES)
+    v_pieces = pieces_of(v_buffers, BN, BT, D0, D1, PIECES, STAGES)
     top = gl.full([ROWS], FLOOR, gl.float32, stats)
     norm = gl.zeros([ROWS], gl.float32, stats)
     acc0 = warpgroup_mma_init(gl.zeros([ROWS, D0], gl.float32, o_layout))
@@ -280,7 +280,7 @@ def _compute(
             s, acc0 = warpgroup_mma_wait(0, deps=[s, acc0])
         mbarrier.arrive(free.index((n + STAGES - 1) % STAGES), count=1, pred=(piece == 0) & (n > 0))
         if (piece == PIECES - 1) & (first + n + AHEAD < last):
-            _feed(
+            feed(
                 n + AHEAD, first, LISTS, k_maps, v_maps, k_buffers, v_buffers, full, free, k_line,
                 v_line, PK, BN, BT, D0, D1, STAGES, GROUP, GROUPS,
             )  # fmt: skip
@@ -462,14 +462,14 @@ def obstacle(q: Tensor, k: Tensor, valid: Tensor | None) -> str | None:
     return None
 
 
-def _maps(x: Blocks, tiles: HopperTiles) -> list[TensorDescriptor]:
-    """The rows of `x`, from its first to its last, in the four boxes of a stage."""
+def boxes(x: Blocks, rows: int, tail: int) -> list[TensorDescriptor]:
+    """The lines of `x`, from its first to its last, as maps in the four boxes of a stage."""
     B, H, N, P, D = x.tensor.shape
     D0, D1 = columns(D)
-    rows = ((B - 1) * x.world + (H - 1) * x.head + N) * P
+    lines = ((B - 1) * x.world + (H - 1) * x.head + N) * P
     return [
-        TensorDescriptor(x.tensor, [rows, D], [D, 1], [height, width], shared_layout(width))
-        for height in (tiles.keys, max(16, tiles.tail))
+        TensorDescriptor(x.tensor, [lines, D], [D, 1], [height, width], shared_layout(width))
+        for height in (rows, max(16, tail))
         for width in (D0, max(16, D1))
     ]
 
@@ -492,7 +492,8 @@ def run_forward(
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     joined = (alm, gate) if split == 1 else (None, None)
     forward_kernel[(programs * split,)](
-        q, *_maps(keys, tiles), *_maps(values, tiles), lists, valid, *target, *joined,
+        q, *boxes(keys, tiles.keys, tiles.tail), *boxes(values, tiles.keys, tiles.tail), lists,
+        valid, *target, *joined,
         B, H, lists.shape[1], NQ, lists.shape[-1],
         0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head, scale * LOG2E,

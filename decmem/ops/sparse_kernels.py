@@ -13,9 +13,9 @@ from decmem.errors import UserError
 from decmem.ops import sparse_backward_kernels, sparse_forward_kernels
 
 try:
-    from decmem.ops import sparse_hopper_kernels
+    from decmem.ops import sparse_hopper_backward_kernels, sparse_hopper_kernels
 except ImportError:  # Gluon is young: another Triton may lack what these kernels import.
-    sparse_hopper_kernels = None
+    sparse_hopper_backward_kernels = sparse_hopper_kernels = None
 
 
 def hopper_obstacle(q: Tensor, k: Tensor, valid: Tensor | None) -> str | None:
@@ -56,8 +56,11 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     kernels: str, out: Tensor, lse: Tensor, grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    delta = sparse_backward_kernels.run_delta(out, grad)
     back = sparse_backward_kernels
-    delta = back.run_delta(out, grad)
+    if kernels != "triton" and hopper_obstacle(q, k, valid) is None:
+        hopper = sparse_hopper_backward_kernels
+        back = hopper if hopper is not None and hopper.suits(q, k) else back
     dq = back.run_query_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     dk, dv = back.run_key_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     return dq, dk, dv

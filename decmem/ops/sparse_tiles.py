@@ -154,13 +154,36 @@ def key_tiles(PQ: int, PK: int, D: int, element_size: int) -> KeyTiles:
 _SHARED_BYTES = 225 * 1024
 
 
+def _ring(rows: int, own: int, width: int, groups: int, most: int) -> int:
+    """Stages of `rows` rows of two tensors that fit beside `own` rows a group."""
+    # Programs of one group are small enough for three to run side by side.
+    room = _SHARED_BYTES // (3 if groups == 1 else 1) - groups * own * width * 2
+    return min(most, max(3, room // (2 * rows * width * 2)))
+
+
 def hopper_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
     """The default for warp groups, or None where blocks do not suit them."""
-    groups = _row_tiles(PQ, 64, 3)
-    width = sum(columns(D))
-    left = _SHARED_BYTES - groups * 64 * width * 2
+    groups, width = _row_tiles(PQ, 64, 3), sum(columns(D))
     for keys, tail in ((64, 0), (64, 16)):
         if PK % (keys + tail) == 0:
-            stages = min(6, left // (2 * (keys + tail) * width * 2))
+            stages = _ring(keys + tail, 64, width, groups, 6)
             return HopperTiles(keys, tail, 1, stages, groups)
     return None
+
+
+def hopper_query_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
+    """The same for dQ. Three groups have registers for 32 keys at a time, two for 64."""
+    groups, width = _row_tiles(PQ, 64, 3), sum(columns(D))
+    keys = 64 if groups < 3 and PK % 64 == 0 else 32
+    if PK % keys:
+        return None
+    return HopperTiles(keys, 0, 1, _ring(keys, 128, width, groups, 8), groups)
+
+
+def hopper_key_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
+    """The same for dK and dV, where groups own keys and `keys` are rows of queries."""
+    groups, width = _row_tiles(PK, 64, 3), sum(columns(D))
+    rows = 64 if groups < 3 and D <= 64 and PQ % 64 == 0 else 32
+    if PQ % rows:
+        return None
+    return HopperTiles(rows, 0, 1, _ring(rows, 128, width, groups, 8), groups)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -287,8 +288,11 @@ def _module(name: str, contents: dict[str, Any]) -> ModuleType:
     return module
 
 
-def simulated(path: Path) -> ModuleType:
-    """The module at `path` with its Gluon kernels made to run here."""
+def simulated(*paths: Path) -> list[ModuleType]:
+    """The modules at `paths` with their Gluon kernels made to run here.
+
+    A module may import from those named before it.
+    """
     gluon = "triton.experimental.gluon"
     language = _module(f"{gluon}.language", _LANGUAGE)
     mbarrier = {
@@ -314,18 +318,15 @@ def simulated(path: Path) -> ModuleType:
         f"{gluon}.nvidia": {},
         f"{gluon}.nvidia.hopper": {"TensorDescriptor": TensorDescriptor},
     }
-    kept = {name: sys.modules.get(name) for name in stand_ins}
-    try:
-        sys.modules |= {name: _module(name, x) for name, x in stand_ins.items()}
-        spec = importlib.util.spec_from_file_location(f"simulated_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        for name, module_before in kept.items():
-            if module_before is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module_before
-    return module
+    modules = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, contents in stand_ins.items():
+            patch.setitem(sys.modules, name, _module(name, contents))
+        for path in paths:
+            spec = importlib.util.spec_from_file_location(f"simulated_{path.stem}", path)
+            assert spec is not None
+            assert spec.loader is not None
+            modules.append(importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(modules[-1])
+            patch.setitem(sys.modules, f"decmem.ops.{path.stem}", modules[-1])
+    return modules

@@ -12,16 +12,33 @@ import torch
 from torch import Tensor
 
 from decmem.ops import reference, sparse_tiles
-from decmem.ops.sparse_tiles import HopperTiles, hopper_tiles
+from decmem.ops.sparse_tiles import (
+    HopperTiles,
+    columns,
+    hopper_key_tiles,
+    hopper_query_tiles,
+    hopper_tiles,
+)
 
 from .gluon_simulator import simulated
 
-SOURCE = Path(sparse_tiles.__file__).with_name("sparse_hopper_kernels.py")
+FOLDER = Path(sparse_tiles.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    return simulated(SOURCE)
+def modules() -> list[ModuleType]:
+    names = "sparse_hopper_kernels.py", "sparse_hopper_backward_kernels.py"
+    return simulated(*(FOLDER / name for name in names))
+
+
+@pytest.fixture
+def kernels(modules: list[ModuleType]) -> ModuleType:
+    return modules[0]
+
+
+@pytest.fixture
+def backward(modules: list[ModuleType]) -> ModuleType:
+    return modules[1]
 
 
 def inputs(
@@ -62,6 +79,40 @@ def test_forward_is_right_however_late_everything_comes(
     assert lse.isfinite().all()
 
 
+BACKWARD = {
+    "paper": ((2, 2, 2, 3, 160, 6, 160, 72, 4, 2), [154, 143, 143], HopperTiles(32, 0, 1, 8, 3)),
+    "few-stages": ((2, 2, 1, 4, 192, 5, 192, 96, 4, 2), None, HopperTiles(32, 0, 1, 3, 3)),
+    "two-groups": ((1, 1, 1, 5, 128, 6, 128, 64, 5, 1), [100, 1], HopperTiles(64, 0, 1, 3, 2)),
+    "one-group": ((1, 1, 1, 2, 64, 6, 64, 40, 5, 1), None, HopperTiles(32, 0, 1, 4, 1)),
+    "several-programs": ((1, 1, 1, 2, 320, 3, 320, 72, 2, 1), [300], HopperTiles(32, 0, 1, 4, 3)),
+}
+
+
+@pytest.mark.parametrize(("sizes", "counts", "tiles"), BACKWARD.values(), ids=BACKWARD)
+def test_gradients_are_right_however_late_everything_comes(
+    kernels: ModuleType,
+    backward: ModuleType,
+    sizes: tuple[int, ...],
+    counts: list[int] | None,
+    tiles: HopperTiles,
+) -> None:
+    q, k, v, lists = inputs(*sizes)
+    valid = None if counts is None else torch.tensor(counts, dtype=torch.int32)
+    out, lse = kernels.run_forward(q, k, v, lists, valid, 0.1, split=1)
+    grad = torch.randn_like(q)
+    arguments = (q, k, v, lists, valid, 0.1, grad, lse, (out * grad).sum(-1))
+    got = (
+        backward.run_query_gradient(*arguments, tiles),
+        *backward.run_key_gradient(*arguments, tiles),
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    wanted = torch.autograd.grad(
+        reference.block_sparse_attention(*leaves, lists, valid, 0.1), leaves, grad
+    )
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("gates", [1, 72])
 def test_the_local_branch_is_joined(kernels: ModuleType, gates: int) -> None:
     q, k, v, lists = inputs(1, 1, 1, 2, 80, 4, 80, 72, 3, 1)
@@ -84,11 +135,15 @@ def test_lists_in_parts_give_the_same(kernels: ModuleType, split: int) -> None:
 def test_default_tiles_fit() -> None:
     shapes = [(160, 160, 72), (192, 192, 96), (128, 128, 128), (64, 64, 64), (480, 480, 72)]
     for PQ, PK, D in shapes:
-        tiles = hopper_tiles(PQ, PK, D)
-        assert tiles is not None
-        # Fewer stages than three would wait for themselves.
-        assert tiles.stages >= 3
-        assert PK % (tiles.keys + tiles.tail) == 0
+        width = sum(columns(D))
+        for choose, own in ((hopper_tiles, 64), (hopper_query_tiles, 128), (hopper_key_tiles, 128)):
+            tiles = choose(PQ, PK, D)
+            assert tiles is not None
+            # Fewer stages than three would wait for themselves.
+            assert tiles.stages >= 3
+            rows = tiles.groups * own + 2 * tiles.stages * (tiles.keys + tiles.tail)
+            assert rows * width * 2 <= 226 * 1024
+            assert (PQ if choose is hopper_key_tiles else PK) % (tiles.keys + tiles.tail) == 0
     assert hopper_tiles(48, 48, 64) is None
 
 
