@@ -52,8 +52,8 @@ _EXACT = Launches(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 
 # By channels a head is padded to. More registers than 128 or 168 would leave room for fewer
 # programs of 256 or 128 threads on a multiprocessor.
 _BY_WIDTH = {
-    64: Launches(Launch(128, 64, 8, 3, 128), Launch(64, 64, 4, 3, 168), Launch(64, 64, 4, 3)),
-    80: Launches(Launch(128, 64, 8, 3, 128), Launch(128, 32, 8, 2, 128), Launch(64, 64, 4, 2)),
+    64: Launches(Launch(64, 64, 4, 2, 128), Launch(64, 64, 4, 2, 128), Launch(64, 64, 4, 3, 168)),
+    80: Launches(Launch(128, 64, 8, 3, 128), Launch(128, 32, 8, 3, 128), Launch(64, 64, 4, 3)),
     96: Launches(Launch(128, 64, 8, 3, 128), Launch(128, 32, 8, 2, 128), Launch(64, 64, 4, 2)),
     128: Launches(Launch(128, 64, 8, 3), Launch(64, 32, 4, 2, 168), Launch(64, 32, 4, 2)),
 }
