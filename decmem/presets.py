@@ -43,9 +43,10 @@ POCKET = Experiment(
     model=ModelConfig(
         reading=MemoryConfig(reach=Reach(window=8, write_chunk=1), retrieved=16),
         position=PositionConfig(
-            camera=24,
-            space=24,
-            time=16,
+            camera=16,
+            space=16,
+            surface=24,
+            time=8,
             space_base=100.0,
             time_base=100.0,
             reach=64.0,
@@ -53,7 +54,7 @@ POCKET = Experiment(
         ),
         chunk_sizes=(1, 2, 4),
     ),
-    memory_training=MemoryTraining(compile=True),
+    memory_training=MemoryTraining(depth_weight=0.05, compile=True),
 )
 
 PAPER = Experiment(

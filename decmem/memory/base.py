@@ -6,18 +6,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from decmem.memory.bank import LayerBank
+from decmem.memory.coding import Coded, decode, encode
 from decmem.memory.layout import TokenLayout
 from decmem.memory.lens import Lens
 from decmem.memory.plan import Plan, Reach
-from decmem.memory.position import (
-    Position,
-    PositionConfig,
-    decode_output,
-    encode_key,
-    encode_query,
-    encode_time,
-    time_rotation,
-)
+from decmem.memory.position import Position, PositionConfig, encode_time, time_rotation
+from decmem.ops.rotary import Rotation
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,8 @@ class Reading:
 
     Attributes:
         features: normed input of the block, (B, T, S, width); the gate looks at it.
-        q, k, v: projections of the pass's own latents, before position.
+        qkv: projections of the pass's own latents, side by side, before norm and position.
+        gains: of the norms of queries and keys; None: there are no norms.
         position: rotations of those latents. plan: the pass's tables.
         key_time: index of every pool latent, for the windows.
         bank: the layer's bank, or None in training, where the pool is the pass itself.
@@ -66,9 +61,8 @@ class Reading:
     """
 
     features: Float[Tensor, "B T S width"]
-    q: Float[Tensor, "B H T S D"]
-    k: Float[Tensor, "B H T S D"]
-    v: Float[Tensor, "B H T S D"]
+    qkv: Float[Tensor, "B T S three_width"]
+    gains: Float[Tensor, "2 H"] | None
     position: Position
     plan: Plan
     key_time: Int[Tensor, "pool"]
@@ -88,49 +82,47 @@ class Memory(nn.Module):
         self.position = position
         self.layout = layout
 
-    def forward(self, reading: Reading) -> Float[Tensor, "B H T S D"]:
+    def forward(self, reading: Reading) -> Float[Tensor, "B T S width"]:
         """What was read, in the frame of the reading latents (after R_cs, eq. 13)."""
-        position, turn = reading.position, reading.position.time
-        q = encode_query(self.position, position, reading.q)
-        k = encode_key(self.position, position, reading.k)
-        v = encode_key(self.position, position, reading.v)
-        if self.position.global_time:
-            q, k = (encode_time(self.position, x, turn) for x in (q, k))
+        local_time = None
+        if reading.bank is None and not self.position.global_time:
+            local_time = self._window_time(reading, reading.key_time)
+        coded = encode(self.position, reading.position, reading.qkv, reading.gains, local_time)
         if reading.bank is None:
-            pool_k, pool_v = k, v
-        else:
-            reading.bank.stage(k, v, self.layout)
-            pool_k, pool_v = reading.bank.keys, reading.bank.values
-        return self.read(reading, q, pool_k, pool_v)
+            return self.read(reading, coded, coded.k, coded.v)
+        reading.bank.stage(coded.k, coded.v, self.layout)
+        return self.read(reading, coded, reading.bank.keys, reading.bank.values)
 
-    def read(self, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of encoded queries over the encoded pool, decoded."""
+    def read(
+        self, reading: Reading, coded: Coded, k: Tensor, v: Tensor
+    ) -> Float[Tensor, "B T S width"]:
+        """Attention of coded queries over the coded pool (B, H, pool, S, D), decoded."""
         raise NotImplementedError
 
-    def window(self, reading: Reading, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, slice]:
+    def window(self, reading: Reading, coded: Coded, k: Tensor) -> tuple[Tensor, Tensor, slice]:
         """Queries and keys as the local branch sees them, and the pool latents it reaches."""
         plan = reading.plan
         seen = slice(plan.window_first, plan.window_first + plan.windows.table.shape[1])
-        k = k[:, :, seen]
+        if coded.local_q is not None and coded.local_k is not None:
+            return coded.local_q, coded.local_k[:, :, seen], seen
+        q, k = coded.q, k[:, :, seen]
         if not self.position.global_time:
-            # Only differences matter: counted from the window's start they stay small.
-            start = reading.key_time[plan.window_first]
-            key_turn = time_rotation(self.position, reading.key_time[seen] - start)
-            own = reading.key_time[plan.history :] - start
-            q = encode_time(self.position, q, time_rotation(self.position, own))
-            k = encode_time(self.position, k, key_turn)
+            own = self._window_time(reading, reading.key_time[plan.history :])
+            q = encode_time(self.position, q, own)
+            k = encode_time(self.position, k, self._window_time(reading, reading.key_time[seen]))
         return q, k, seen
 
-    def decode(self, reading: Reading, o: Tensor) -> Tensor:
-        """R_cs on a branch's output."""
-        return decode_output(self.position, reading.position, o)
+    def _window_time(self, reading: Reading, time: Int[Tensor, "T"]) -> Rotation:
+        """Only differences matter: counted from the window's start they stay small."""
+        start = reading.key_time[reading.plan.window_first]
+        return time_rotation(self.position, time - start)
 
-
-def heads_first(x: Float[Tensor, "B T S width"], head_dim: int) -> Float[Tensor, "B H T S D"]:
-    """Splits channels into heads and brings the heads forward."""
-    return x.unflatten(-1, (-1, head_dim)).movedim(-2, 1)
-
-
-def heads_last(x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B T S width"]:
-    """Inverse of `heads_first`."""
-    return x.movedim(1, -2).flatten(-2)
+    def decode(
+        self,
+        reading: Reading,
+        local: Float[Tensor, "B H T S D"],
+        far: Float[Tensor, "B H T S D"] | None = None,
+        gate: Float[Tensor, "B T S gates"] | None = None,
+    ) -> Float[Tensor, "B T S width"]:
+        """Both branches together, in the frame of the reading latents."""
+        return decode(self.position, reading.position, local, far, gate)

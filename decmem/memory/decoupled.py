@@ -1,10 +1,10 @@
 """Decoupled memory (section 3.4): o = o_alm + G * o_sgm."""
 
-import torch
 from torch import Tensor, nn
 
 from decmem.memory.anchored_local import AnchoredLocalMemory
-from decmem.memory.base import Memory, MemoryConfig, Reading, heads_first
+from decmem.memory.base import Memory, MemoryConfig, Reading
+from decmem.memory.coding import Coded, heads_first, opened
 from decmem.memory.layout import TokenLayout
 from decmem.memory.position import PositionConfig
 from decmem.memory.sparse_global import SparseGlobalMemory
@@ -22,27 +22,26 @@ class DecoupledMemory(Memory):
         gates = width // position.head_dim if config.gate_per_head else width
         self.gate = nn.Linear(width, gates)
 
-    def gate_values(self, reading: Reading) -> Tensor:
-        """G, (B, H, T, S, D) or (B, H, T, S, 1): a sigmoid of the present's features."""
+    def gate_logits(self, reading: Reading) -> Tensor:
+        """What G is the sigmoid of, (B, T, S, channels or heads): the present's features decide."""
         weight, bias = (p.to(reading.features.dtype) for p in (self.gate.weight, self.gate.bias))
-        gate = torch.sigmoid(nn.functional.linear(reading.features, weight, bias))
-        return heads_first(gate, 1 if self.config.gate_per_head else self.position.head_dim)
+        return nn.functional.linear(reading.features, weight, bias)
 
-    def read(self, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        local_q, local_k, seen = self.window(reading, q, k)
+    def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor:
+        local_q, local_k, seen = self.window(reading, coded, k)
         o_alm = self.anchored_local(local_q, local_k, v[:, :, seen], reading.plan.windows)
         if not reading.recall.global_memory:
             return self.decode(reading, o_alm)
-        candidates = reading.plan.block_candidates(self.layout.M, q.device)
+        candidates = reading.plan.block_candidates(self.layout.M, k.device)
         if reading.bank is None:
             pooled = self.sparse_global.pool(k[:, :, : candidates.shape[1] // self.layout.M])
         else:
             pooled = reading.bank.pooled[:, :, : candidates.shape[1]]
-        lists = self.sparse_global.retrieve(q, pooled, candidates, reading.recall.retrieved)
-        o_sgm = self.sparse_global(q, k, v, lists)
-        # Equation 3, after R_cs: the gate sees both branches in the frame of the present.
-        local = self.decode(reading, o_alm)
-        gated = self.gate_values(reading) * self.decode(reading, o_sgm)
+        lists = self.sparse_global.retrieve(coded.q, pooled, candidates, reading.recall.retrieved)
+        o_sgm = self.sparse_global(coded.q, k, v, lists)
+        gate = self.gate_logits(reading)
         if reading.recall.lens is not None:
-            reading.recall.lens.watch(self.layout, lists, local, gated)
-        return local + gated
+            heads, D = k.shape[1], self.position.head_dim
+            local, far = (heads_first(self.decode(reading, o), D) for o in (o_alm, o_sgm))
+            reading.recall.lens.watch(self.layout, lists, local, opened(gate, heads) * far)
+        return self.decode(reading, o_alm, o_sgm, gate)

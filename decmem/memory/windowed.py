@@ -4,6 +4,7 @@ from torch import Tensor
 
 from decmem.memory.anchored_local import AnchoredLocalMemory
 from decmem.memory.base import Memory, MemoryConfig, Reading
+from decmem.memory.coding import Coded
 from decmem.memory.layout import TokenLayout
 from decmem.memory.position import PositionConfig
 
@@ -20,6 +21,6 @@ class WindowMemory(Memory):
         super().__init__(config, position, layout)
         self.local = AnchoredLocalMemory(layout)
 
-    def read(self, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, seen = self.window(reading, q, k)
+    def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor:
+        q, k, seen = self.window(reading, coded, k)
         return self.decode(reading, self.local(q, k, v[:, :, seen], reading.plan.windows))

@@ -7,23 +7,26 @@ from torch import Tensor, nn
 
 from decmem.memory import MEMORIES, Memory, MemoryConfig, MemoryName, PositionConfig, TokenLayout
 from decmem.memory.bank import LayerBank
-from decmem.memory.base import Reading, Recall, heads_first, heads_last
+from decmem.memory.base import Reading, Recall
+from decmem.memory.coding import split_heads
 from decmem.memory.plan import Plan
 from decmem.memory.position import Position, seeing
 from decmem.memory.surface import SurfaceDepth
-from decmem.model.linear import Linear, ScaledNorm, gelu, rms_norm
+from decmem.model.linear import Linear, ScaledNorm, gelu
+from decmem.ops import coding
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
 
 
-class HeadNorm(nn.Module):
-    """RMS norm of queries or keys with a learned gain per head."""
+class HeadGain(nn.Module):
+    """Gains of the RMS norm of queries or keys, one per head."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(heads))
 
-    def forward(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H T S D"]:
-        return rms_norm(x, self.gain.float()[:, None, None, None]).to(x.dtype)
+
+def _gains(q_norm: HeadGain | None, k_norm: HeadGain | None) -> Float[Tensor, "2 H"] | None:
+    return None if q_norm is None or k_norm is None else torch.stack((q_norm.gain, k_norm.gain))
 
 
 class SpatialAttention(nn.Module):
@@ -36,8 +39,8 @@ class SpatialAttention(nn.Module):
         self.qkv = Linear(width, 3 * width, bias=False)
         self.out = Linear(width, width, bias=False)
         heads = width // head_dim
-        self.q_norm = HeadNorm(heads) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(heads) if qk_norm else nn.Identity()
+        self.q_norm = HeadGain(heads) if qk_norm else None
+        self.k_norm = HeadGain(heads) if qk_norm else None
         axis = head_dim // 4 * 2
         row, column = (
             rotary_angles(c, n, base=100.0)
@@ -50,16 +53,23 @@ class SpatialAttention(nn.Module):
         self.sin: Tensor
 
     def forward(self, x: Float[Tensor, "B T S width"]) -> Float[Tensor, "B T S width"]:
-        q, k, v = (heads_first(part, self.head_dim) for part in self.qkv(x).chunk(3, dim=-1))
-        q, k = (
-            rotate_pairs(norm(part), Rotation(self.cos, self.sin)).to(x.dtype)
-            for part, norm in ((q, self.q_norm), (k, self.k_norm))
-        )
+        q, k, v = self._heads(self.qkv(x))
         mask = None if self.layout.valid is None else self.layout.valid.flatten().to(x.device)
-        # Latents are a batch: fused attention takes four dimensions.
-        q, k, v = (part.movedim(1, 2).flatten(0, 1) for part in (q, k, v))  # (B T, H, S, D)
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
         return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, x.shape[:2]))
+
+    def _heads(self, qkv: Float[Tensor, "B T S three_width"]) -> list[Float[Tensor, "BT H S D"]]:
+        """Queries, keys and values, latents as a batch: fused attention takes four dimensions."""
+        gains = _gains(self.q_norm, self.k_norm)
+        turn = Rotation(self.cos, self.sin)
+        if coding.kernels_serve(qkv):
+            groups = coding.Groups(0, self.head_dim, 0, 0)
+            back = coding.Places(space=Rotation(turn.cos, -turn.sin))  # keys are turned back
+            coded = coding.encode_heads(qkv, gains, groups, back, values=False, latents_first=True)
+            return [part.flatten(0, 1) for part in coded[:3]]
+        q, k, v = split_heads(qkv, gains, self.head_dim)
+        q, k = (rotate_pairs(part, turn).to(qkv.dtype) for part in (q, k))
+        return [part.movedim(1, 2).flatten(0, 1) for part in (q, k, v)]
 
 
 class SpatiotemporalAttention(nn.Module):
@@ -79,8 +89,8 @@ class SpatiotemporalAttention(nn.Module):
         heads = width // self.head_dim
         self.qkv = Linear(width, 3 * width, bias=False)
         self.out = Linear(width, width, bias=False)
-        self.q_norm = HeadNorm(heads) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(heads) if qk_norm else nn.Identity()
+        self.q_norm = HeadGain(heads) if qk_norm else None
+        self.k_norm = HeadGain(heads) if qk_norm else None
         self.position = position
         self.surface = SurfaceDepth(width) if position.surface else None
         self.memory: Memory = MEMORIES[memory](config, position, layout, width)
@@ -94,15 +104,13 @@ class SpatiotemporalAttention(nn.Module):
         bank: LayerBank | None,
         recall: Recall,
     ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
-        q, k, v = (heads_first(part, self.head_dim) for part in self.qkv(x).chunk(3, dim=-1))
         estimate = None
         if self.surface is not None:
             estimate = self.surface(x)
             position = seeing(self.position, position, estimate)
-        reading = Reading(
-            x, self.q_norm(q), self.k_norm(k), v, position, plan, key_time, bank, recall
-        )
-        return self.out(heads_last(self.memory(reading))), estimate
+        gains = _gains(self.q_norm, self.k_norm)
+        reading = Reading(x, self.qkv(x), gains, position, plan, key_time, bank, recall)
+        return self.out(self.memory(reading)), estimate
 
 
 class FeedForward(nn.Module):

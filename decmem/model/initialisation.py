@@ -7,7 +7,7 @@ from torch import nn
 
 from decmem.memory.decoupled import DecoupledMemory
 from decmem.memory.surface import SurfaceDepth
-from decmem.model.block import Block, HeadNorm
+from decmem.model.block import Block, HeadGain
 from decmem.model.linear import Linear, ScaledNorm
 from decmem.model.world_model import WorldModel
 
@@ -32,7 +32,7 @@ def initialise(model: WorldModel, seed: int = 0) -> None:
         if isinstance(module, ScaledNorm):
             module.weight.fill_(1.0)
             module.scale.weight.zero_()
-        elif isinstance(module, HeadNorm):
+        elif isinstance(module, HeadGain):
             module.gain.fill_(1.0)
         elif isinstance(module, DecoupledMemory):
             module.gate.weight.zero_()

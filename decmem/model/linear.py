@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decmem.ops.norm import rms_norm
 from decmem.ops.untraced import untraced
 
 _GELU_INNER, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
@@ -18,18 +19,6 @@ class Linear(nn.Linear):
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-def rms_norm(
-    x: Float[Tensor, "... channels"], gain: Float[Tensor, "... _"], eps: float = 1e-6
-) -> Float[Tensor, "... channels"]:
-    """Unit root mean square over channels, times `gain`; in fp32, returned in fp32."""
-    x = x.float()
-    if untraced(x):
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        shrink = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        return x * (shrink * gain) if gain.shape[-1] == 1 else (x * shrink).mul_(gain)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
 
 
 class ScaledNorm(nn.Module):

@@ -17,7 +17,7 @@ from decmem.memory import (
     Recall,
     TokenLayout,
 )
-from decmem.memory.base import heads_first
+from decmem.memory.coding import heads_first
 from decmem.memory.position import Position, make_position
 from decmem.model.block import Block
 from decmem.model.conditioning import (

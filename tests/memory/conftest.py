@@ -10,6 +10,7 @@ from torch import Tensor
 from decmem.memory import Memory, Plan, PositionConfig, Recall, TokenLayout
 from decmem.memory.bank import LayerBank
 from decmem.memory.base import Reading
+from decmem.memory.coding import heads_last
 from decmem.memory.position import make_position
 
 
@@ -74,9 +75,9 @@ def reading(walk: Callable[..., Tensor]) -> Callable[..., Reading]:
             layout.coordinates,
             layout.grid,
         )
-        q, k, v = (normal(2, 2, latents, S, D) for _ in "qkv")
+        qkv = torch.cat([heads_last(normal(2, 2, latents, S, D)) for _ in "qkv"], dim=-1)
         features = normal(2, latents, S, 2 * D)
-        return Reading(features, q, k, v, rotations, plan, time, bank, recall)
+        return Reading(features, qkv, None, rotations, plan, time, bank, recall)
 
     return made
 

@@ -101,7 +101,6 @@ def test_fusion_is_equation_3(
     gate = torch.sigmoid(it.features @ memory.gate.weight.T + memory.gate.bias)
     if gate_per_head:
         gate = gate.repeat_interleave(POSITION.head_dim, dim=-1)
-    gate = gate.unflatten(-1, (2, POSITION.head_dim)).movedim(-2, 1)
     fused = memory(it)
     o_sgm = open_gate(memory, 200.0)(it) - o_alm
     torch.testing.assert_close(fused, o_alm + gate * o_sgm, atol=1e-5, rtol=1e-5)
@@ -125,9 +124,7 @@ def test_what_lies_in_padding_changes_nothing(
     memory = wake(DecoupledMemory(config(SHORT), POSITION, layout, WIDTH))
     assert layout.valid is not None
     padding = ~layout.valid.flatten()[:, None]
-    garbage = {
-        name: torch.where(padding, 50.0, getattr(it, name)) for name in ("q", "k", "v", "features")
-    }
+    garbage = {name: torch.where(padding, 50.0, getattr(it, name)) for name in ("qkv", "features")}
     dirty = memory(dataclasses.replace(it, **garbage))
     assert torch.equal(valid_slots(layout, dirty), valid_slots(layout, memory(it)))
 
@@ -162,7 +159,7 @@ def test_far_time_counts_only_where_the_retrieval_sees_time(
     for position, matters in ((POSITION, True), (TIMELESS, False)):
         memory = open_gate(DecoupledMemory(config(SHORT, 48), position, EXACT, WIDTH), 0.0)
         near, far = (
-            memory(reading(position, EXACT, plan, 16, time=t))[:, :, 14:] for t in (time, earlier)
+            memory(reading(position, EXACT, plan, 16, time=t))[:, 14:] for t in (time, earlier)
         )
         assert ((near - far).abs().max() > 1e-3) == matters
 
@@ -170,7 +167,7 @@ def test_far_time_counts_only_where_the_retrieval_sees_time(
 @pytest.mark.parametrize("kind", MEMORIES, ids=lambda kind: kind.__name__)
 def test_activations_keep_their_dtype(kind: type[Memory], reading: Callable[..., Reading]) -> None:
     it = reading(POSITION, EXACT, training_plan(SHORT, 4, 2), T)
-    half = {name: getattr(it, name).bfloat16() for name in ("q", "k", "v", "features")}
+    half = {name: getattr(it, name).bfloat16() for name in ("qkv", "features")}
     memory = kind(config(SHORT), POSITION, EXACT, WIDTH)
     out = memory(dataclasses.replace(it, **half))
     assert out.dtype == torch.bfloat16

@@ -1,0 +1,126 @@
+"""Coding of a pass: from the fused projection to queries, keys and values in the world, and back.
+
+Plain PyTorch here is the definition; on a GPU one kernel does each way (`decmem.ops.coding`).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decmem.memory.position import (
+    Position,
+    PositionConfig,
+    decode_output,
+    encode_key,
+    encode_query,
+    encode_time,
+)
+from decmem.ops import coding
+from decmem.ops.norm import rms_norm
+from decmem.ops.rotary import Rotation
+
+
+class Coded(NamedTuple):
+    """Queries, keys and values of a pass, coded by position (eq. 5, 12).
+
+    Where the global memory sees no time, `local_q` and `local_k` are what the local one reads.
+    """
+
+    q: Float[Tensor, "B H T S D"]
+    k: Float[Tensor, "B H T S D"]
+    v: Float[Tensor, "B H T S D"]
+    local_q: Float[Tensor, "B H T S D"] | None = None
+    local_k: Float[Tensor, "B H T S D"] | None = None
+
+
+def heads_first(x: Float[Tensor, "B T S width"], head_dim: int) -> Float[Tensor, "B H T S D"]:
+    """Splits channels into heads and brings the heads forward."""
+    return x.unflatten(-1, (-1, head_dim)).movedim(-2, 1)
+
+
+def heads_last(x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B T S width"]:
+    """Inverse of `heads_first`."""
+    return x.movedim(1, -2).flatten(-2)
+
+
+def split_heads(
+    qkv: Float[Tensor, "B T S three_width"], gains: Float[Tensor, "2 H"] | None, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, heads first; queries and keys at unit RMS times a head's gain."""
+    q, k, v = (heads_first(part, head_dim) for part in qkv.chunk(3, dim=-1))
+    if gains is not None:
+        q, k = (
+            rms_norm(x, gain.float()[:, None, None, None]).to(x.dtype)
+            for x, gain in zip((q, k), gains, strict=True)
+        )
+    return q, k, v
+
+
+def encode(
+    config: PositionConfig,
+    position: Position,
+    qkv: Float[Tensor, "B T S three_width"],
+    gains: Float[Tensor, "2 H"] | None,
+    local_time: Rotation | None = None,
+) -> Coded:
+    """Norms and codes the projections of a pass.
+
+    With `config.global_time` queries and keys carry the time of `position`; without, and with a
+    `local_time`, they come twice, bare and with that time.
+    """
+    if coding.kernels_serve(qkv):
+        time = position.time if config.global_time else local_time
+        twice = time is not None and not config.global_time
+        places = _places(position, time)
+        coded = coding.encode_heads(qkv, gains, _groups(config), places, local=twice)
+        return Coded(*coded) if twice else Coded(*coded[:3])
+    q, k, v = split_heads(qkv, gains, config.head_dim)
+    q, k = encode_query(config, position, q), encode_key(config, position, k)
+    v = encode_key(config, position, v)
+    if config.global_time:
+        q, k = (encode_time(config, x, position.time) for x in (q, k))
+        return Coded(q, k, v)
+    if local_time is None:
+        return Coded(q, k, v)
+    return Coded(q, k, v, *(encode_time(config, x, local_time) for x in (q, k)))
+
+
+def decode(
+    config: PositionConfig,
+    position: Position,
+    local: Float[Tensor, "B H T S D"],
+    far: Float[Tensor, "B H T S D"] | None = None,
+    gate: Float[Tensor, "B T S gates"] | None = None,
+) -> Float[Tensor, "B T S width"]:
+    """R_cs o_alm + sigmoid(gate) R_cs o_sgm (eq. 3 and 13): the gate sees both branches in the
+    frame of the present. Without `far` the local branch alone."""
+    if coding.kernels_serve(local):
+        places = _places(position, None)
+        return coding.decode_heads(local, far, gate, _groups(config), places)
+    out = decode_output(config, position, local)
+    if far is not None and gate is not None:
+        out = out + opened(gate, local.shape[1]) * decode_output(config, position, far)
+    return heads_last(out)
+
+
+def opened(gate: Float[Tensor, "B T S gates"], heads: int) -> Float[Tensor, "B H T S _"]:
+    """G, by channel or by head."""
+    return heads_first(torch.sigmoid(gate), gate.shape[-1] // heads)
+
+
+def _groups(config: PositionConfig) -> coding.Groups:
+    return coding.Groups(config.camera, config.space, config.surface, config.time)
+
+
+def _places(position: Position, time: Rotation | None) -> coding.Places:
+    """The rotations of a pass without the dimensions that only broadcast."""
+    surface = position.surface
+    return coding.Places(
+        position.projection[:, 0, :, 0],
+        position.unprojection[:, 0, :, 0],
+        position.space,
+        None if surface is None else Rotation(surface.cos[:, 0], surface.sin[:, 0]),
+        None if time is None else Rotation(time.cos[:, 0], time.sin[:, 0]),
+    )

@@ -1,0 +1,302 @@
+"""Coding of heads as PyTorch operators, with fake kernels and gradients.
+
+`decmem.memory.coding` says what they compute, in plain PyTorch; `coding_kernels` how. Gradients
+flow to the projections, the gains of the norms, the surface's rotation and the gate; cameras,
+patches and times are given, not learned.
+"""
+
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from decmem.ops.rotary import Rotation
+
+_ROWS, _WARPS = 16, 4
+_EPS = 1e-6
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+class Groups(NamedTuple):
+    """Channels of a head by what codes them, in this order."""
+
+    camera: int
+    space: int
+    surface: int
+    time: int
+
+
+class Places(NamedTuple):
+    """What codes the groups; None leaves a group as it is. All fp32.
+
+    `query_matrix` codes queries (transposed) and decodes outputs, `key_matrix` keys and values.
+    """
+
+    query_matrix: Float[Tensor, "B T 4 4"] | None = None
+    key_matrix: Float[Tensor, "B T 4 4"] | None = None
+    space: Rotation | None = None
+    surface: Rotation | None = None
+    time: Rotation | None = None
+
+
+def kernels_serve(x: Tensor) -> bool:
+    """Whether the kernels run where this tensor lies."""
+    return _TRITON_INSTALLED and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _grid(x: Tensor, groups: list[int]) -> tuple[int, int, dict[str, Any]]:
+    """Tokens, programs, and the compile-time constants of every kernel."""
+    tokens = x.shape[0] * x.shape[1] * x.shape[2]
+    camera, space, surface, time = groups
+    D = sum(groups)
+    constants = {
+        "D": D, "WIDTH": _power(D), "ROWS": _ROWS, "E": _power(camera),
+        "CAMERA": camera, "SPACE": space, "SURFACE": surface, "TIME": time,
+        "num_warps": _WARPS,
+    }  # fmt: skip
+    return tokens, -(-tokens // _ROWS), constants
+
+
+def _power(channels: int) -> int:
+    """A power of two that holds them."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def _strides(T: int, S: int, H: int, D: int, latents_first: bool) -> tuple[int, int, int]:
+    """Steps from world to world, latent to latent and head to head."""
+    return (T * H * S * D, H * S * D, S * D) if latents_first else (H * T * S * D, S * D, T * S * D)
+
+
+@torch.library.custom_op("decmem::encode_heads", mutates_args=())
+def _encode(
+    qkv: Tensor, gains: Tensor | None, query_matrix: Tensor | None, key_matrix: Tensor | None,
+    space_cos: Tensor | None, space_sin: Tensor | None,
+    surface_cos: Tensor | None, surface_sin: Tensor | None,
+    time_cos: Tensor | None, time_sin: Tensor | None,
+    groups: list[int], local: bool, values: bool, latents_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from decmem.ops.coding_kernels import _encode_kernel
+
+    tokens, programs, constants = _grid(qkv, groups)
+    q, k, v, local_q, local_k = _encoded(qkv, groups, local, latents_first)
+    T, S, H, D = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups)), sum(groups)
+    _encode_kernel[(programs,)](
+        qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
+        time_cos, time_sin, q, k, v, local_q, local_k, tokens, T, S, H,
+        *_strides(T, S, H, D, latents_first), **constants, TURNED=surface_cos is not None,
+        NORMED=gains is not None, TIMED=time_cos is not None and not local, LOCAL=local,
+        VALUES=values, EPS=_EPS,
+    )  # fmt: skip
+    return q, k, v, local_q, local_k
+
+
+def _encoded(qkv: Tensor, groups: list[int], local: bool, latents_first: bool) -> list[Tensor]:
+    """Room for what is encoded."""
+    B, T, S, channels = qkv.shape
+    D = sum(groups)
+    H = channels // (3 * D)
+    shape = (B, T, H, S, D) if latents_first else (B, H, T, S, D)
+    none = (0,)
+    return [qkv.new_empty(x) for x in (shape, shape, shape, *((shape if local else none,) * 2))]
+
+
+@_encode.register_fake
+def _(
+    qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
+    time_cos, time_sin, groups, local, values, latents_first,
+):  # fmt: skip
+    return tuple(_encoded(qkv, groups, local, latents_first))
+
+
+@torch.library.custom_op("decmem::encode_heads_backward", mutates_args=())
+def _encode_backward(
+    qkv: Tensor, gains: Tensor | None, query_matrix: Tensor | None, key_matrix: Tensor | None,
+    space_cos: Tensor | None, space_sin: Tensor | None,
+    surface_cos: Tensor | None, surface_sin: Tensor | None,
+    time_cos: Tensor | None, time_sin: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, local_dq: Tensor, local_dk: Tensor,
+    groups: list[int], local: bool, values: bool, latents_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from decmem.ops.coding_kernels import _encode_gradient_kernel
+
+    tokens, programs, constants = _grid(qkv, groups)
+    T, S, H, D = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups)), sum(groups)
+    out = torch.empty_like(qkv)
+    parts = qkv.new_empty((programs, 2, H) if gains is not None else (0,), dtype=torch.float32)
+    cos_grad, sin_grad = _surface_grads(qkv, surface_cos, groups)
+    _encode_gradient_kernel[(programs,)](
+        qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
+        time_cos, time_sin, dq, dk, dv, local_dq, local_dk, out, parts, cos_grad, sin_grad,
+        tokens, T, S, H, *_strides(T, S, H, D, latents_first), **constants,
+        TURNED=surface_cos is not None, NORMED=gains is not None,
+        TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values, EPS=_EPS,
+       
+    )  # fmt: skip
+    return out, parts, cos_grad, sin_grad
+
+
+def _surface_grads(x: Tensor, surface: Tensor | None, groups: list[int]) -> tuple[Tensor, Tensor]:
+    """Room for gradients of the surface's rotation, a number for each of a pair's two channels."""
+    shape = (0,) if surface is None else (*x.shape[:3], groups[2])
+    return (x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32))
+
+
+def _of_pairs(grad: Tensor) -> Tensor:
+    """Both channels of a pair share its cosine and its sine."""
+    return grad.unflatten(-1, (2, -1)).sum(-2)
+
+
+@_encode_backward.register_fake
+def _(
+    qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
+    time_cos, time_sin, dq, dk, dv, local_dq, local_dk, groups, local, values, latents_first,
+):  # fmt: skip
+    tokens = qkv.shape[0] * qkv.shape[1] * qkv.shape[2]
+    H = qkv.shape[3] // (3 * sum(groups))
+    shape = (0,) if gains is None else (-(-tokens // _ROWS), 2, H)
+    parts = qkv.new_empty(shape, dtype=torch.float32)
+    return torch.empty_like(qkv), parts, *_surface_grads(qkv, surface_cos, groups)
+
+
+def _encode_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _encode_autograd(ctx: Any, *grads: Tensor) -> tuple:
+    saved = ctx.saved_tensors
+    out, parts, cos_grad, sin_grad = _encode_backward(
+        *saved, *(g.contiguous() for g in grads), *ctx.options
+    )
+    gains = None if saved[1] is None else parts.sum(0)
+    turn = (None, None) if saved[6] is None else (_of_pairs(cos_grad), _of_pairs(sin_grad))
+    return out, gains, None, None, None, None, *turn, None, None, None, None, None, None
+
+
+_encode.register_autograd(_encode_autograd, setup_context=_encode_context)
+
+
+@torch.library.custom_op("decmem::decode_heads", mutates_args=())
+def _decode(
+    o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
+    space_cos: Tensor | None, space_sin: Tensor | None,
+    surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
+) -> Tensor:  # fmt: skip
+    from decmem.ops.coding_kernels import _decode_kernel
+
+    B, H, T, S, D = o.shape
+    out = o.new_empty(B, T, S, H * D)
+    tokens, programs, constants = _grid(out, groups)
+    _decode_kernel[(programs,)](
+        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out,
+        tokens, T, S, H, **constants, TURNED=surface_cos is not None, GATED=far is not None,
+        PER_HEAD=gate is not None and gate.shape[-1] == H,
+    )  # fmt: skip
+    return out
+
+
+@_decode.register_fake
+def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, groups):
+    B, H, T, S, D = o.shape
+    return o.new_empty(B, T, S, H * D)
+
+
+@torch.library.custom_op("decmem::decode_heads_backward", mutates_args=())
+def _decode_backward(
+    o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
+    space_cos: Tensor | None, space_sin: Tensor | None,
+    surface_cos: Tensor | None, surface_sin: Tensor | None, grad: Tensor, groups: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from decmem.ops.coding_kernels import _decode_gradient_kernel
+
+    B, H, T, S, D = o.shape
+    tokens, programs, constants = _grid(grad, groups)
+    cos_grad, sin_grad = _surface_grads(grad, surface_cos, groups)
+    do = torch.empty_like(o)
+    dfar, dgate = (o.new_empty((0,) if x is None else x.shape) for x in (far, gate))
+    _decode_gradient_kernel[(programs,)](
+        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, grad,
+        do, dfar, dgate, cos_grad, sin_grad, tokens, T, S, H, **constants,
+        TURNED=surface_cos is not None, GATED=far is not None,
+        PER_HEAD=gate is not None and gate.shape[-1] == H,
+    )  # fmt: skip
+    return do, dfar, dgate, cos_grad, sin_grad
+
+
+@_decode_backward.register_fake
+def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, grad, groups):
+    rest = (o.new_empty((0,) if x is None else x.shape) for x in (far, gate))
+    return torch.empty_like(o), *rest, *_surface_grads(grad, surface_cos, groups)
+
+
+def _decode_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.groups = inputs[8]
+
+
+def _decode_autograd(ctx: Any, grad: Tensor) -> tuple:
+    saved = ctx.saved_tensors
+    do, dfar, dgate, cos_grad, sin_grad = _decode_backward(*saved, grad.contiguous(), ctx.groups)
+    gated = (None, None) if saved[1] is None else (dfar, dgate)
+    turn = (None, None) if saved[6] is None else (_of_pairs(cos_grad), _of_pairs(sin_grad))
+    return do, *gated, None, None, None, *turn, None
+
+
+_decode.register_autograd(_decode_autograd, setup_context=_decode_context)
+
+
+def _table(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _turn(rotation: Rotation | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if rotation is None else (_table(rotation.cos), _table(rotation.sin))
+
+
+def encode_heads(
+    qkv: Float[Tensor, "B T S three_width"],
+    gains: Float[Tensor, "2 H"] | None,
+    groups: Groups,
+    places: Places,
+    *,
+    local: bool = False,
+    values: bool = True,
+    latents_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values, normed and coded, heads first.
+
+    Args:
+        qkv: projections side by side. gains: of the RMS norms of queries and keys; None: no norm.
+        places: shapes (B, T, 4, 4), (S, pairs), (B, T, S, pairs), (T, pairs).
+        local: turn time not in queries and keys, but in a second pair of them.
+        values: code values as keys are, time apart. latents_first: (B, T, H, S, D).
+
+    Returns:
+        q, k, v, and where asked for q and k with time; (B, H, T, S, D) each.
+    """
+    return _encode(
+        qkv.contiguous(), _table(gains), _table(places.query_matrix), _table(places.key_matrix),
+        *_turn(places.space), *_turn(places.surface), *_turn(places.time),
+        list(groups), local, values, latents_first,
+    )  # fmt: skip
+
+
+def decode_heads(
+    o: Float[Tensor, "B H T S D"],
+    far: Float[Tensor, "B H T S D"] | None,
+    gate: Float[Tensor, "B T S gates"] | None,
+    groups: Groups,
+    places: Places,
+) -> Float[Tensor, "B T S width"]:
+    """R_cs o + sigmoid(gate) R_cs far (equations 3 and 13), heads last.
+
+    `gate`: one number per channel, or per head.
+    """
+    return _decode(
+        o.contiguous(), None if far is None else far.contiguous(),
+        None if gate is None else gate.contiguous(), _table(places.query_matrix),
+        *_turn(places.space), *_turn(places.surface), list(groups),
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""Coding of a pass: the kernels beside the plain definition, outputs and all gradients."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from decmem.memory import PositionConfig, coding
+from decmem.memory.position import Position, make_position, seeing, time_rotation
+from decmem.ops import coding as kernels
+from decmem.ops.norm import rms_norm
+from decmem.ops.rotary import rotary_angles, rotate_pairs, rotation
+
+B, H, T = 2, 2, 3
+GRID = (2, 5)
+COORDINATES = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(5), indexing="ij"), -1)
+LENS = torch.tensor([1.4, 2.1, 0.0, 0.0])
+
+POSITIONS = {
+    "surface": PositionConfig(camera=16, space=16, surface=24, time=8, global_time=False),
+    "plain": PositionConfig(camera=24, space=24, time=24),
+    "no-camera": PositionConfig(camera=0, space=8, time=4, global_time=False),
+    "no-space": PositionConfig(camera=8, space=0, surface=12, time=0),
+}
+PLACES = [
+    pytest.param("cpu", torch.float32, marks=pytest.mark.interpreter),
+    pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+]
+everywhere = pytest.mark.parametrize(("device", "dtype"), PLACES)
+every_position = pytest.mark.parametrize("config", POSITIONS.values(), ids=POSITIONS.keys())
+
+
+class Pass(NamedTuple):
+    config: PositionConfig
+    position: Position
+    qkv: Tensor
+    gains: Tensor
+    estimate: Tensor
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    """No TF32 in the definition."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def made(walk: Callable[..., Tensor]) -> Callable[..., Pass]:
+    def make(config: PositionConfig, device: str, dtype: torch.dtype) -> Pass:
+        position = make_position(
+            config,
+            walk(T).float().to(device),
+            LENS.expand(B, T, 4).to(device),
+            torch.arange(T, device=device) + 5,
+            COORDINATES.flatten(0, 1).to(device),
+            GRID,
+        )
+        qkv = torch.randn(B, T, 10, 3 * H * config.head_dim).to(device, dtype)
+        gains = torch.rand(2, H).to(device) + 0.5
+        estimate = torch.randn(B, T, 10, 2).to(device) * 0.5 + torch.tensor([1.5, -1.0]).to(device)
+        leaves = (x.requires_grad_() for x in (qkv, gains, estimate))
+        return Pass(config, position, *leaves)
+
+    return make
+
+
+def both_ways(
+    run: Callable[[], list[Tensor]], leaves: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients by the kernels, and by the definition."""
+    results = []
+    for served in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "kernels_serve", lambda _, served=served: served)
+            out = run()
+        draw = torch.Generator().manual_seed(1)
+        weights = [torch.randn(x.shape, generator=draw).to(x) for x in out]
+        grads = torch.autograd.grad(out, leaves, weights, allow_unused=True)
+        results.append([*out, *(g for g in grads if g is not None)])
+    return results[0], results[1]
+
+
+def assert_alike(ours: list[Tensor], plain: list[Tensor]) -> None:
+    assert len(ours) == len(plain)
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == b.dtype
+        # Both round once to the type; the definition also rounds in between.
+        within = 3e-5 if a.dtype == torch.float32 and plain[0].dtype == torch.float32 else 2e-2
+        scale = float(b.detach().float().abs().max()) or 1.0
+        torch.testing.assert_close(a, b, atol=within * scale, rtol=within)
+
+
+def placed(one: Pass) -> Position:
+    if not one.config.surface:
+        return one.position
+    return seeing(one.config, one.position, one.estimate)
+
+
+@everywhere
+@every_position
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "bare"])
+@pytest.mark.parametrize("local", [True, False], ids=["local", "once"])
+def test_encode(
+    made: Callable[..., Pass],
+    config: PositionConfig,
+    normed: bool,
+    local: bool,
+    device: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = made(config, device, dtype)
+    turn = time_rotation(config, torch.arange(T, device=device)) if local and config.time else None
+
+    def run() -> list[Tensor]:
+        gains = one.gains if normed else None
+        coded = coding.encode(config, placed(one), one.qkv, gains, turn)
+        return [x for x in coded if x is not None]
+
+    assert_alike(*both_ways(run, [one.qkv, one.gains, one.estimate], monkeypatch))
+
+
+@everywhere
+@every_position
+@pytest.mark.parametrize("gate", ["channel", "head", "none"])
+def test_decode(
+    made: Callable[..., Pass],
+    config: PositionConfig,
+    gate: str,
+    device: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, D = made(config, device, dtype), config.head_dim
+    near, far = (torch.randn(B, H, T, 10, D).to(device, dtype).requires_grad_() for _ in range(2))
+    gates = torch.randn(B, T, 10, H * D if gate == "channel" else H).to(device, dtype)
+    gates.requires_grad_()
+
+    def run() -> list[Tensor]:
+        branch = (None, None) if gate == "none" else (far, gates)
+        return [coding.decode(config, placed(one), near, *branch)]
+
+    assert_alike(*both_ways(run, [near, far, gates, one.estimate], monkeypatch))
+
+
+@everywhere
+def test_latents_first_and_values_left_alone(device: str, dtype: torch.dtype) -> None:
+    D = 16
+    qkv = torch.randn(B, T, 10, 3 * H * D).to(device, dtype).requires_grad_()
+    angles = rotary_angles(torch.arange(10, device=device), D, 100.0)
+    turn = rotation(angles)
+    back = kernels.Places(space=rotation(-angles))
+    groups = kernels.Groups(0, D, 0, 0)
+    ours = kernels.encode_heads(qkv, None, groups, back, values=False, latents_first=True)[:3]
+    q, k, v = (x.unflatten(-1, (H, D)).movedim(-2, 2) for x in qkv.chunk(3, -1))
+    plain = [*(rotate_pairs(x, turn).to(dtype) for x in (q, k)), v]
+    weights = [torch.randn_like(x) for x in plain]
+    results = [
+        [*out, *torch.autograd.grad(out, [qkv], weights, retain_graph=True)]
+        for out in (list(ours), plain)
+    ]
+    assert_alike(*results)
+
+
+@everywhere
+def test_a_norm_of_zeros_is_zero(device: str, dtype: torch.dtype) -> None:
+    qkv = torch.zeros(1, 1, 3, 48, device=device, dtype=dtype, requires_grad=True)
+    gains = torch.ones(2, 1, device=device)
+    out = kernels.encode_heads(
+        qkv,
+        gains,
+        kernels.Groups(0, 16, 0, 0),
+        kernels.Places(space=rotation(torch.zeros(3, 8, device=device))),
+    )[:3]
+    assert all(not x.any() for x in out)
+    (grad,) = torch.autograd.grad(out[0].sum(), qkv)
+    assert torch.isfinite(grad).all()
+    assert not rms_norm(qkv, gains[0]).any()
+
+
+def test_a_cpu_takes_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "TRITON_INTERPRET" in os.environ:
+        monkeypatch.delenv("TRITON_INTERPRET")
+    assert not kernels.kernels_serve(torch.zeros(1))
