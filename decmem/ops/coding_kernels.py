@@ -93,13 +93,24 @@ def _entries(MATRIX, bt, e, j: tl.constexpr, ok, CAMERA: tl.constexpr, ACROSS: t
 
 @triton.jit
 @no_type_check
-def _quads(P, row, MATRIX, bt, e, ok, CAMERA: tl.constexpr, ACROSS: tl.constexpr):
-    """The camera channels times the matrix (`ACROSS`: its transpose)."""
+def _matrix(MATRIX, bt, e, ok, CAMERA: tl.constexpr, ACROSS: tl.constexpr):
+    """All of it, or of its transpose (`ACROSS`), by column."""
+    return (
+        _entries(MATRIX, bt, e, 0, ok, CAMERA, ACROSS),
+        _entries(MATRIX, bt, e, 1, ok, CAMERA, ACROSS),
+        _entries(MATRIX, bt, e, 2, ok, CAMERA, ACROSS),
+        _entries(MATRIX, bt, e, 3, ok, CAMERA, ACROSS),
+    )
+
+
+@triton.jit
+@no_type_check
+def _quads(P, row, columns, e, ok, CAMERA: tl.constexpr):
+    """The camera channels times the matrix."""
     quad = e // 4 * 4
-    out = _load(P, row, quad, ok, CAMERA) * _entries(MATRIX, bt, e, 0, ok, CAMERA, ACROSS)
+    out = _load(P, row, quad, ok, CAMERA) * columns[0]
     for j in tl.static_range(1, 4):
-        x = _load(P, row, quad + j, ok, CAMERA)
-        out += x * _entries(MATRIX, bt, e, j, ok, CAMERA, ACROSS)
+        out += _load(P, row, quad + j, ok, CAMERA) * columns[j]
     return out
 
 
@@ -132,6 +143,9 @@ def _encode_kernel(
             cos, sin * sign[None, :], TIME_COS, TIME_SIN, t, pair, inside, ok, TIME // 2
         )
         timed_sin *= sign[None, :]
+    if CAMERA > 0:
+        of_queries = _matrix(QUERY_MATRIX, bt, e, ok, CAMERA, True)
+        of_keys = _matrix(KEY_MATRIX, bt, e, ok, CAMERA, False)
     source = n.to(tl.int64) * (3 * H * D)
     target = (bt // T).to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + s * D
     for h in range(H):
@@ -144,7 +158,6 @@ def _encode_kernel(
                 gain = tl.load(GAINS + part * H + h)
                 size = tl.rsqrt(tl.sum(own * own, 1) / D + EPS) * gain
             OUT = Q if part == 0 else K if part == 1 else V
-            MATRIX = QUERY_MATRIX if part == 0 else KEY_MATRIX
             place = target + h * stride_h
             if part == 2 and not VALUES:
                 _store(OUT, place, d, own, ok, d < D)
@@ -158,7 +171,8 @@ def _encode_kernel(
                     x = (own * timed_cos + other * timed_sin) * size[:, None]
                     _store(LOCAL_Q if part == 0 else LOCAL_K, place, d, x, ok, behind)
                 if CAMERA > 0:
-                    x = _quads(QKV, row, MATRIX, bt, e, ok, CAMERA, part == 0) * size[:, None]
+                    x = _quads(QKV, row, of_queries if part == 0 else of_keys, e, ok, CAMERA)
+                    x *= size[:, None]
                     _store(OUT, place, e, x, ok, ahead)
                     if LOCAL and part < 2:
                         _store(LOCAL_Q if part == 0 else LOCAL_K, place, e, x, ok, ahead)
@@ -195,6 +209,9 @@ def _encode_gradient_kernel(
             cos, sin * sign[None, :], TIME_COS, TIME_SIN, t, pair, inside, ok, TIME // 2
         )
         timed_sin *= sign[None, :]
+    if CAMERA > 0:
+        of_queries = _matrix(QUERY_MATRIX, bt, e, ok, CAMERA, False)
+        of_keys = _matrix(KEY_MATRIX, bt, e, ok, CAMERA, True)
     cos_grad = tl.zeros((ROWS, WIDTH), tl.float32)
     sin_grad = tl.zeros((ROWS, WIDTH), tl.float32)
     source = n.to(tl.int64) * (3 * H * D)
@@ -204,7 +221,6 @@ def _encode_gradient_kernel(
             row = source + (part * H + h) * D
             place = target + h * stride_h
             GRAD = Q if part == 0 else K if part == 1 else V
-            MATRIX = QUERY_MATRIX if part == 0 else KEY_MATRIX
             grad = _load(GRAD, place, d, ok, D)
             if part == 2 and not VALUES:
                 _store(OUT, row, d, grad, ok, d < D)
@@ -216,7 +232,8 @@ def _encode_gradient_kernel(
                 else:
                     dx = grad * cos - grad_other * sin
                 if CAMERA > 0:
-                    dx_ahead = _quads(GRAD, place, MATRIX, bt, e, ok, CAMERA, part != 0)
+                    columns = of_queries if part == 0 else of_keys
+                    dx_ahead = _quads(GRAD, place, columns, e, ok, CAMERA)
                 if LOCAL and part < 2:
                     FROM = LOCAL_Q if part == 0 else LOCAL_K
                     local = _load(FROM, place, d, ok, D)
@@ -224,7 +241,7 @@ def _encode_gradient_kernel(
                     dx += local * timed_cos - local_other * timed_sin
                     grad += local
                     if CAMERA > 0:
-                        dx_ahead += _quads(FROM, place, MATRIX, bt, e, ok, CAMERA, part != 0)
+                        dx_ahead += _quads(FROM, place, columns, e, ok, CAMERA)
                 dx = tl.where(behind[None, :], dx, 0.0)
                 if (NORMED and part < 2) or (TURNED and SURFACE > 0):
                     own = _load(QKV, row, d, ok, D)
@@ -288,6 +305,8 @@ def _decode_kernel(
         ROWS, WIDTH, CAMERA, SPACE, SURFACE, TURNED,
     )  # fmt: skip
     sin *= sign[None, :]
+    if CAMERA > 0:
+        columns = _matrix(MATRIX, bt, e, ok, CAMERA, False)
     n = n.to(tl.int64)
     for h in range(H):
         row = (((bt // T).to(tl.int64) * H + h) * T + bt % T) * S * D + s * D
@@ -298,9 +317,9 @@ def _decode_kernel(
             x += _open(GATE, n, h, d, ok, H, D, PER_HEAD) * far
         _store(OUT, place, d, x, ok, behind)
         if CAMERA > 0:
-            x = _quads(LOCAL, row, MATRIX, bt, e, ok, CAMERA, False)
+            x = _quads(LOCAL, row, columns, e, ok, CAMERA)
             if GATED:
-                far = _quads(FAR, row, MATRIX, bt, e, ok, CAMERA, False)
+                far = _quads(FAR, row, columns, e, ok, CAMERA)
                 x += _open(GATE, n, h, e, ok, H, D, PER_HEAD) * far
             _store(OUT, place, e, x, ok, ahead)
 
@@ -327,6 +346,9 @@ def _decode_gradient_kernel(
     sin *= sign[None, :]
     cos_grad = tl.zeros((ROWS, WIDTH), tl.float32)
     sin_grad = tl.zeros((ROWS, WIDTH), tl.float32)
+    if CAMERA > 0:
+        columns = _matrix(MATRIX, bt, e, ok, CAMERA, False)
+        rows = _matrix(MATRIX, bt, e, ok, CAMERA, True)
     n = n.to(tl.int64)
     quad = e // 4 * 4
     for h in range(H):
@@ -336,7 +358,7 @@ def _decode_gradient_kernel(
         grad_other = _load(GRAD, place, partner, ok, D)
         _store(LOCAL_GRAD, row, d, grad * cos + grad_other * sin, ok, behind)
         if CAMERA > 0:
-            dx = _quads(GRAD, place, MATRIX, bt, e, ok, CAMERA, True)
+            dx = _quads(GRAD, place, rows, e, ok, CAMERA)
             _store(LOCAL_GRAD, row, e, dx, ok, ahead)
         if TURNED and SURFACE > 0:
             cos_grad += grad * _load(LOCAL, row, d, ok, D)
@@ -353,13 +375,13 @@ def _decode_gradient_kernel(
                 sin_grad += grad * other
             if CAMERA > 0:
                 wide = _open(GATE, n, h, e, ok, H, D, PER_HEAD)
-                far = _quads(FAR, row, MATRIX, bt, e, ok, CAMERA, False)
+                far = _quads(FAR, row, columns, e, ok, CAMERA)
                 ahead_gate = _load(GRAD, place, e, ok, CAMERA) * far * wide * (1.0 - wide)
                 dx = tl.zeros((ROWS, E), tl.float32)
                 for j in tl.static_range(4):
                     g = _load(GRAD, place, quad + j, ok, CAMERA)
                     g *= _open(GATE, n, h, quad + j, ok, H, D, PER_HEAD)
-                    dx += g * _entries(MATRIX, bt, e, j, ok, CAMERA, True)
+                    dx += g * rows[j]
                 _store(FAR_GRAD, row, e, dx, ok, ahead)
             if PER_HEAD:
                 total = tl.sum(tl.where(behind[None, :], behind_gate, 0.0), 1)
