@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decmem.ops.rotary import Rotation
 
-_ROWS, _WARPS = 8, 2
+_ROWS, _WARPS = 4, 1
 _EPS = 1e-6
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
