@@ -90,18 +90,21 @@ class Memory(nn.Module):
 
     def forward(self, reading: Reading) -> Float[Tensor, "B H T S D"]:
         """What was read, in the frame of the reading latents (after R_cs, eq. 13)."""
-        position, turn = reading.position, reading.position.time
-        q = encode_query(self.position, position, reading.q)
-        k = encode_key(self.position, position, reading.k)
-        v = encode_key(self.position, position, reading.v)
+        q = encode_query(self.position, reading.position, reading.q)
         if self.position.global_time:
-            q, k = (encode_time(self.position, x, turn) for x in (q, k))
+            q = encode_time(self.position, q, reading.position.time)
+        return self.read(reading, q, *self.remember(reading))
+
+    def remember(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Encoded keys and values of the pool, the pass's own among them: staged in the bank
+        where there is one. All that a pass leaves behind in this layer."""
+        k, v = (encode_key(self.position, reading.position, x) for x in (reading.k, reading.v))
+        if self.position.global_time:
+            k = encode_time(self.position, k, reading.position.time)
         if reading.bank is None:
-            pool_k, pool_v = k, v
-        else:
-            reading.bank.stage(k, v, self.layout)
-            pool_k, pool_v = reading.bank.keys, reading.bank.values
-        return self.read(reading, q, pool_k, pool_v)
+            return k, v
+        reading.bank.stage(k, v, self.layout)
+        return reading.bank.keys, reading.bank.values
 
     def read(self, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of encoded queries over the encoded pool, decoded."""
