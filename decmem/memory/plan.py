@@ -133,9 +133,7 @@ def training_plan(reach: Reach, latents: int, chunk: int, noisy_streams: int = 1
     return _plan(local, candidates, 0, latents)
 
 
-def bank_plan(
-    reach: Reach, history: int, latents: int, chunk: int, writes: bool = False
-) -> Plan:
+def bank_plan(reach: Reach, history: int, latents: int, chunk: int, writes: bool = False) -> Plan:
     """The chunk(s) at work behind `history` latents of a bank.
 
     Denoising passes one chunk (`latents == chunk`); the write pass and the prefill pass any
