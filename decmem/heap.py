@@ -12,8 +12,9 @@ def keep_freed_memory() -> bool:
     """Has the C library keep what is freed for what comes next, up to pieces of 32 MiB.
 
     Left alone, glibc may hand a layer's activations back to the system after use, and every page
-    comes back zeroed on its first touch: up to a fifth of a CPU roll-out. True where the C library
-    takes the advice (glibc); elsewhere nothing changes. For the whole process, so for commands.
+    comes back zeroed on its first touch: up to 20,000 faults a chunk, by chance of the heap's
+    layout. True where the C library takes the advice (glibc); elsewhere nothing changes. For the
+    whole process, so for commands; what was once used stays resident.
     """
     advise = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if advise is None:
