@@ -18,6 +18,7 @@ from decmem.commands.rollout import RollOut
 from decmem.commands.train import TrainCausal, TrainCodec, TrainMemory
 from decmem.commands.world import RenderWorld
 from decmem.errors import UserError
+from decmem.heap import keep_freed_memory
 from decmem.storage import place_error
 
 # Every command, by the words that call it, in the order `decmem --help` shows them.
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _log_to_stderr()
     command = parse(argv)
+    keep_freed_memory()
     try:
         command.run()
     except UserError as error:

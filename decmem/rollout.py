@@ -183,31 +183,28 @@ class Session:
         actions: Float[np.ndarray, "*batch F A"],
         world_to_camera: Float[np.ndarray, "*batch F 4 4"],
         intrinsics: Float[np.ndarray, "*batch F 3 3"],
+        latents: Float[Tensor, "B T C h w"] | None = None,
     ) -> None:
         """Writes known frames into memory, all of them in one parallel pass.
 
         The first call takes 1 + 4n frames, later ones 4n. With one world the batch dimension may
-        be left out.
+        be left out. `latents` of these very frames, where they are known, need no coding.
 
         Raises:
             UserError: for counts, sizes, poses or actions that do not fit.
         """
-        shown, acted, posed, lenses = (
-            per_world(x, dims, name, self.batch)
-            for x, dims, name in (
-                (frames, 4, "frames"),
-                (actions, 2, "actions"),
-                (world_to_camera, 3, "world_to_camera"),
-                (intrinsics, 3, "intrinsics"),
-            )
-        )
+        shown = per_world(frames, 4, "frames", self.batch)
+        acted = per_world(actions, 2, "actions", self.batch)
+        posed = per_world(world_to_camera, 3, "world_to_camera", self.batch)
+        lenses = per_world(intrinsics, 3, "intrinsics", self.batch)
         check_frames(shown, self.config.size, self.length == 0)
         check_counts(shown, actions=acted, world_to_camera=posed, intrinsics=lenses)
         acted, posed = valid_actions(acted), valid_poses(posed)
         started = time.perf_counter()
         # Whole latents were seen so far, so nothing of the encoder's is pending.
-        stream = EncoderStream(started=self.length > 0)
-        latents = self.codec.encode(torch.from_numpy(shown), stream).to(self.device)
+        if latents is None:
+            stream = EncoderStream(started=self.length > 0)
+            latents = self.codec.encode(torch.from_numpy(shown), stream).to(self.device)
         self._clock("encode", started)
         started = time.perf_counter()
         lens = normalised_lens(torch.from_numpy(lenses), self.config.size)

@@ -128,7 +128,7 @@ class Sampler:
             part = slice(start, start + self.piece)
             clean, known = latents[:, part].to(self.dtype), conditions[part]
             B, T = clean.shape[:2]
-            plan = bank_plan(reach, bank.length, T, chunk)
+            plan = bank_plan(reach, bank.length, T, chunk, writes=True)
             still = torch.zeros(B, T, device=self.device)
             context = self.model.context(known, bank)
             self.model(clean, still, context, plan, bank, self.recall)

@@ -850,3 +850,14 @@ def test_a_deferred_write_pass_saves_a_pass(
     assert len(passes) == 4 * 2
     assert one.bank is not None
     assert one.bank.length == one.length == 10
+
+
+def test_known_latents_need_no_coding(
+    session: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = session(), session()
+    one.observe(*known())
+    latents = one.latents
+    monkeypatch.setattr(other.codec, "encode", lambda *_: pytest.fail("coded again"))
+    other.observe(*known(), latents=latents)
+    assert np.array_equal(one.step(future(8)), other.step(future(8)))

@@ -1,6 +1,7 @@
 """The demo: held-out worlds shown to the model, dreamt on with and without its global memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from decmem.data.video import video_writer
 from decmem.errors import UserError
 from decmem.evaluation import quality
 from decmem.evaluation.curves import draw_demo_curves
-from decmem.evaluation.dreaming import Dreamer, Watch, dream, through_codec, unwatched
+from decmem.evaluation.dreaming import Dreamer, Watch, dream, remember, through_codec, unwatched
 from decmem.evaluation.filmstrip import contact_sheet
 from decmem.evaluation.screening import Screening
 from decmem.evaluation.take import CURVES, Take
+from decmem.machine import usable_cores
 from decmem.storage import atomic_folder, write_json
 from decmem.world.episode import Episode
 from decmem.world.version import FPS
@@ -53,13 +55,10 @@ def shoot(
 ) -> Shoot:
     """Render each seed's episode, show its first ``bank`` frames, and dream the rest twice."""
     takes, clocks = [], []
-    for number, seed in enumerate(seeds):
-        watch("Rendering the worlds", number, len(seeds))
-        episode = render(seed)
-        watch("Rendering the worlds", number + 1, len(seeds))
+    for number, (seed, episode) in enumerate(_rendered(render, seeds, watch)):
         count = len(episode.frames) - bank
         total = 2 * count * len(seeds)
-        dreams = []
+        dreams, latents = [], None
         for run, global_memory in enumerate((True, False)):
             before = (2 * number + run) * count
 
@@ -67,15 +66,15 @@ def shoot(
                 watch("Remembering and dreaming", before + frames, total)
 
             report(0)
-            made = dream(
+            latents = remember(
                 session,
                 [episode],
                 bank,
-                global_memory=global_memory,
                 seeds=[seed],
-                watch=report,
+                global_memory=global_memory,
+                latents=latents,
             )
-            dreams.append(made[0])
+            dreams.append(dream(session, [episode], bank, watch=report)[0])
             if global_memory:
                 clocks.append(dict(session.timings))
         coded = through_codec(session, episode, bank, seed)
@@ -97,6 +96,20 @@ def shoot(
     stages = ("prefill", "rollout", "decode")
     seconds = {name: float(np.mean([clock[name] for clock in clocks])) for name in stages}
     return Shoot(takes, seconds)
+
+
+def _rendered(
+    render: Callable[[int], Episode], seeds: Sequence[int], watch: Watch
+) -> Iterator[tuple[int, Episode]]:
+    """Seeds with their episodes, as many at a time as there are cores: a walk is planned on one."""
+    cores = usable_cores()
+    with ThreadPoolExecutor(max_workers=cores) as pool:
+        for first in range(0, len(seeds), cores):
+            group = seeds[first : first + cores]
+            watch("Rendering the worlds", first, len(seeds))
+            episodes = list(pool.map(render, group))
+            watch("Rendering the worlds", first + len(group), len(seeds))
+            yield from zip(group, episodes, strict=True)
 
 
 def demo_report(shot: Shoot, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,16 +155,21 @@ def write_demo(
     """
     report = demo_report(shot, header)
     screenings = [Screening(take) for take in shot.takes]
+    drawn = (frame for screening in screenings for frame in screening.frames())
     total = sum(len(screening) for screening in screenings)
     with atomic_folder(out) as folder:
         size, fps = screenings[0].size, shot.takes[0].fps
-        with video_writer(folder / FILM, size, fps, provenance=dict(header)) as film:
-            done = 0
-            for screening in screenings:
-                for frame in screening.frames():
-                    film.write(frame[None])
-                    done += 1
-                    watch("Drawing the film", done, total)
+        with (
+            video_writer(folder / FILM, size, fps, provenance=dict(header)) as film,
+            ThreadPoolExecutor(max_workers=1) as artist,
+        ):
+            # The next frame is drawn while this one is coded.
+            coming = artist.submit(next, drawn)
+            for done in range(1, total + 1):
+                frame = coming.result()
+                coming = artist.submit(next, drawn, frame)
+                film.write(frame[None])
+                watch("Drawing the film", done, total)
         contact_sheet(shot.takes).save(folder / SHEET)
         draw_demo_curves(shot.takes, folder / PLOT)
         write_json(folder / REPORT, report)

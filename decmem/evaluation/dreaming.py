@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from decmem.codec.base import FRAMES_PER_LATENT
 from decmem.world.episode import Episode
@@ -29,6 +30,12 @@ class Dreamer(Protocol):
     global_memory: bool
     timings: dict[str, float]
     weights_sha256: str | None
+    codec_sha256: str | None
+
+    @property
+    def latents(self) -> Tensor | None:
+        """All latents so far."""
+        ...
 
     def reset(self) -> None:
         """Forget the world."""
@@ -40,8 +47,13 @@ class Dreamer(Protocol):
         actions: np.ndarray,
         world_to_camera: np.ndarray,
         intrinsics: np.ndarray,
+        latents: Tensor | None = None,
     ) -> None:
         """Write known frames into memory."""
+        ...
+
+    def rewind(self, latents: int) -> None:
+        """Go back to what was known after so many latents."""
         ...
 
     def step(self, actions: np.ndarray, world_to_camera: np.ndarray | None = None) -> np.ndarray:
@@ -63,37 +75,57 @@ def begin(session: Dreamer, seeds: Sequence[int]) -> None:
     session.reset()
 
 
+def remember(
+    session: Dreamer,
+    episodes: Sequence[Episode],
+    bank: int,
+    *,
+    seeds: Sequence[int],
+    global_memory: bool = True,
+    latents: Float[Tensor, "B T C h w"] | None = None,
+) -> Float[Tensor, "B T C h w"]:
+    """Shows the first ``bank`` frames of each episode; gives back their latents.
+
+    Args:
+        episodes: of one length and size; all advance together.
+        seeds: one noise seed per episode. Same seeds, same noise, whatever else changes.
+        global_memory: False switches the global branch off, for the recording and the dream.
+        latents: as given back before for the same frames and codec: they are not coded again.
+    """
+    begin(session, seeds)
+    session.global_memory = global_memory
+    session.observe(
+        *(
+            np.stack([getattr(episode, name)[:bank] for episode in episodes])
+            for name in ("frames", "actions", "world_to_camera", "intrinsics")
+        ),
+        latents=latents,
+    )
+    assert session.latents is not None
+    return session.latents
+
+
 def dream(
     session: Dreamer,
     episodes: Sequence[Episode],
     bank: int,
     *,
-    global_memory: bool = True,
     foreign_memory: bool = False,
-    seeds: Sequence[int],
     watch: Callable[[int], None] | None = None,
 ) -> UInt8[np.ndarray, "B F H W 3"]:
-    """What the model makes of the frames behind the first ``bank`` of each episode.
+    """What the model makes of the frames behind those it was shown (`remember`).
 
     Args:
-        episodes: of one length and size; all advance together.
-        global_memory: False switches the global branch off, for the recording as well.
-        foreign_memory: give each world the long past of the next one, its own window kept.
-        seeds: one noise seed per episode. Same seeds, same noise, whatever else changes.
+        episodes, bank: as they were remembered. A dream had before is forgotten.
+        foreign_memory: give each world the long past of the next one, its own window kept. The
+            memory stays so until it is recorded anew.
         watch: called with the number of frames finished after every piece.
     """
-    begin(session, seeds)
-    session.global_memory = global_memory
-    actions = np.stack([episode.actions for episode in episodes])
-    poses = np.stack([episode.world_to_camera for episode in episodes])
-    session.observe(
-        np.stack([episode.frames[:bank] for episode in episodes]),
-        actions[:, :bank],
-        poses[:, :bank],
-        np.stack([episode.intrinsics[:bank] for episode in episodes]),
-    )
+    session.rewind((bank - 1) // FRAMES_PER_LATENT + 1)
     if foreign_memory:
         session.shuffle_history(np.roll(np.arange(len(episodes)), -1).tolist())
+    actions = np.stack([episode.actions for episode in episodes])
+    poses = np.stack([episode.world_to_camera for episode in episodes])
     made = []
     for start in range(bank, actions.shape[1], PIECE):
         piece = slice(start, start + PIECE)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from decmem.evaluation.dreaming import Dreamer, Watch, dream, through_codec, unwatched
+from decmem.evaluation.dreaming import Dreamer, Watch, dream, remember, through_codec, unwatched
 from decmem.evaluation.protocol import Protocol, Window, batches
 from decmem.evaluation.record import load_scores, save_score
 from decmem.evaluation.scoring import EpisodeScore, Frames, score_episode
@@ -114,25 +114,33 @@ class Runner:
         report: Callable[[str, int], None],
     ) -> dict[str, np.ndarray]:
         """Every row that needs a model: (B, F, H, W, 3) each."""
-        runs: list[tuple[str, Dreamer, dict[str, bool]]] = [
-            ("decoupled", self.session, {}),
-            ("without_global_memory", self.session, {"global_memory": False}),
-        ]
+        # Frames are coded once, and recorded once where only the reading differs.
+        runs: list[tuple[str, Dreamer, bool, bool]] = [("decoupled", self.session, True, False)]
         if len(seeds) > 1:
-            runs.append(("shuffled_memory", self.session, {"foreign_memory": True}))
+            runs.append(("shuffled_memory", self.session, True, True))
+        runs.append(("without_global_memory", self.session, False, False))
         if self.window_session is not None:
-            runs.append(("window", self.window_session, {}))
-        made = {}
-        for number, (name, session, options) in enumerate(runs):
+            runs.append(("window", self.window_session, True, False))
+        made, latents, coder = {}, None, None
+        bank = self.protocol.bank
+        for number, (name, session, global_memory, foreign) in enumerate(runs):
             before = number * len(seeds) * self.protocol.dreamt
 
             def watch(frames: int, before: int = before, name: str = name) -> None:
                 report(name, before + len(seeds) * frames)
 
             watch(0)
-            made[name] = dream(
-                session, episodes, self.protocol.bank, seeds=seeds, watch=watch, **options
-            )
+            if not foreign:
+                before_this, coder = coder, session.codec_sha256 or id(session)
+                latents = remember(
+                    session,
+                    episodes,
+                    bank,
+                    seeds=seeds,
+                    global_memory=global_memory,
+                    latents=latents if coder == before_this else None,
+                )
+            made[name] = dream(session, episodes, bank, foreign_memory=foreign, watch=watch)
         return made
 
     def _yardsticks(self, episode: Episode) -> tuple[dict[str, Pieces], dict[str, float]]:

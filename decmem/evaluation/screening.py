@@ -44,6 +44,7 @@ class Screening:
         self.size = (self.foot + FOOT + 12, self.width)
         strip_size = (2 * self.panel[0] + GAP, FOOT)
         self.strip = CurveStrip(strip_size, take.psnr, take.fps)
+        self.thumbs: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
         return math.ceil(len(self.take.bank) / PRELUDE_SPEED) + len(self.take.truth)
@@ -71,8 +72,10 @@ class Screening:
             row, column = divmod(i, columns)
             x, y = self.lefts[1] + column * cell[0], HEAD + TITLE + row * cell[1]
             if frame < recorded:
-                thumb = Image.fromarray(take.bank[frame])
-                canvas.paste(thumb.resize(inner, Image.Resampling.LANCZOS), (x, y))
+                if frame not in self.thumbs:
+                    picture = Image.fromarray(take.bank[frame])
+                    self.thumbs[frame] = picture.resize(inner, Image.Resampling.LANCZOS)
+                canvas.paste(self.thumbs[frame], (x, y))
             else:
                 draw.rectangle((x, y, x + inner[0] - 1, y + inner[1] - 1), fill=EMPTY)
         self._progress(draw, recorded / total)

@@ -84,14 +84,25 @@ class Memory(nn.Module):
 
     def forward(self, reading: Reading) -> Float[Tensor, "B T S width"]:
         """What was read, in the frame of the reading latents (after R_cs, eq. 13)."""
+        coded = self._code(reading)
+        return self.read(reading, coded, *self._pool(reading, coded))
+
+    def remember(self, reading: Reading) -> None:
+        """Stages the pass's keys and values: all that it leaves behind in this layer."""
+        self._pool(reading, self._code(reading))
+
+    def _code(self, reading: Reading) -> Coded:
         local_time = None
         if reading.bank is None and not self.position.global_time:
             local_time = self._window_time(reading, reading.key_time)
-        coded = encode(self.position, reading.position, reading.qkv, reading.gains, local_time)
+        return encode(self.position, reading.position, reading.qkv, reading.gains, local_time)
+
+    def _pool(self, reading: Reading, coded: Coded) -> tuple[Tensor, Tensor]:
+        """Keys and values that may be read, the pass's own among them."""
         if reading.bank is None:
-            return self.read(reading, coded, coded.k, coded.v)
+            return coded.k, coded.v
         reading.bank.stage(coded.k, coded.v, self.layout)
-        return self.read(reading, coded, reading.bank.keys, reading.bank.values)
+        return reading.bank.keys, reading.bank.values
 
     def read(
         self, reading: Reading, coded: Coded, k: Tensor, v: Tensor

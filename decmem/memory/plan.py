@@ -46,7 +46,8 @@ class Plan:
         candidates: (Tq, Tc) bool, blocks of pool latents that may be retrieved; the pool's last
             latents are left out where none may.
         history: latents of the pool that lie before the pass's own (0 in training).
-        predicted: first query latent whose velocity is wanted.
+        predicted: first query latent whose velocity is wanted; as many as there are queries
+            where none is.
     """
 
     windows: WindowTable
@@ -132,11 +133,11 @@ def training_plan(reach: Reach, latents: int, chunk: int, noisy_streams: int = 1
     return _plan(local, candidates, 0, latents)
 
 
-def bank_plan(reach: Reach, history: int, latents: int, chunk: int) -> Plan:
+def bank_plan(reach: Reach, history: int, latents: int, chunk: int, writes: bool = False) -> Plan:
     """The chunk(s) at work behind `history` latents of a bank.
 
     Denoising passes one chunk (`latents == chunk`); the write pass and the prefill pass any
-    number of latents in chunks of `chunk`.
+    number of latents in chunks of `chunk`, and with `writes` predict nothing.
     """
     pool = history + latents
     local = torch.zeros(latents, pool, dtype=torch.bool)
@@ -146,7 +147,7 @@ def bank_plan(reach: Reach, history: int, latents: int, chunk: int) -> Plan:
         local[start:end], candidates[start:end] = _chunk_rows(
             reach, history + start, history + end, pool
         )
-    return _plan(local, candidates, history, 0)
+    return _plan(local, candidates, history, latents if writes else 0)
 
 
 def joint_plan(reach: Reach, history: int, clean: int, write: int, chunk: int) -> Plan:

@@ -104,13 +104,37 @@ class SpatiotemporalAttention(nn.Module):
         bank: LayerBank | None,
         recall: Recall,
     ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
+        reading, estimate = self._reading(x, position, plan, key_time, bank, recall)
+        return self.out(self.memory(reading)), estimate
+
+    def remember(
+        self,
+        x: Float[Tensor, "B T S width"],
+        position: Position,
+        plan: Plan,
+        key_time: Tensor,
+        bank: LayerBank,
+        recall: Recall,
+    ) -> None:
+        """Keys and values into the bank, and nothing read."""
+        self.memory.remember(self._reading(x, position, plan, key_time, bank, recall)[0])
+
+    def _reading(
+        self,
+        x: Float[Tensor, "B T S width"],
+        position: Position,
+        plan: Plan,
+        key_time: Tensor,
+        bank: LayerBank | None,
+        recall: Recall,
+    ) -> tuple[Reading, Float[Tensor, "B T S 2"] | None]:
         estimate = None
         if self.surface is not None:
             estimate = self.surface(x)
             position = seeing(self.position, position, estimate)
         gains = _gains(self.q_norm, self.k_norm)
         reading = Reading(x, self.qkv(x), gains, position, plan, key_time, bank, recall)
-        return self.out(self.memory(reading)), estimate
+        return reading, estimate
 
 
 class FeedForward(nn.Module):
@@ -166,3 +190,19 @@ class Block(nn.Module):
         )
         x = x + read
         return x + self.ffn(self.ffn_norm(x, time)), estimate
+
+    def remember(
+        self,
+        x: Float[Tensor, "B T S width"],
+        time: Float[Tensor, "B T time"],
+        position: Position,
+        plan: Plan,
+        key_time: Tensor,
+        bank: LayerBank,
+        recall: Recall,
+    ) -> None:
+        """As `forward`, for a pass that only writes: the last block's tokens lead nowhere."""
+        x = x + self.spatial(self.spatial_norm(x, time))
+        self.spatiotemporal.remember(
+            self.memory_norm(x, time), position, plan, key_time, bank, recall
+        )

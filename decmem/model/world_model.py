@@ -1,6 +1,7 @@
 """The world model: latents of a chunk in, their velocity out, steered by actions and cameras."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -222,7 +223,8 @@ class WorldModel(nn.Module):
         """Velocity of the latents from `plan.predicted` on, fp32.
 
         With a bank, every layer stages its keys and values behind the history; nothing is
-        committed here. `depths` receives every layer's estimate (`SurfaceDepth`), to learn from.
+        committed here. Where the plan predicts nothing, staging is all that is done.
+        `depths` receives every layer's estimate (`SurfaceDepth`), to learn from.
         """
         p = self.config.patch
         dtype = latents.dtype
@@ -231,11 +233,18 @@ class WorldModel(nn.Module):
         x = self.layout.arrange(self.patchify(patches)) + context.features.to(dtype)
         time = self.time(t)
         plan.prepare(self.layout.M, heads_first(x, self.config.position.head_dim))
-        for i, block in enumerate(self.blocks):
+        # A write pass predicts nothing: of the last layer its keys and values are enough.
+        writes = bank is not None and plan.predicted == latents.shape[1]
+        for i, block in enumerate(self.blocks[:-1] if writes else self.blocks):
             layer = None if bank is None else bank.layers[i]
             x, seen = block(x, time, context.position, plan, context.key_time, layer, recall)
             if depths is not None and seen is not None:
                 depths.append(seen)
+        if bank is not None and writes:
+            last = cast("Block", self.blocks[-1])
+            position, key_time = context.position, context.key_time
+            last.remember(x, time, position, plan, key_time, bank.layers[-1], recall)
+            return latents.new_empty(latents[:, :0].shape, dtype=torch.float32)
         x = self.head_norm(x[:, plan.predicted :], time[:, plan.predicted :])
         velocity = self.layout.restore(self.head(x))
         h = self.layout.grid[0]

@@ -45,7 +45,7 @@ def memory_sheet(
     rows = []
     for i, episode in enumerate(episodes):
         session = Session(codec, model, flow_config=flow_config, seeds=[i])
-        session.observe(*(x[:known] for x in _parts(episode)))
+        session.observe(*_parts(episode, known))
         future = (len(episode.frames) - known) // 4 * 4
         later = slice(known, known + future)
         dream = session.step(episode.actions[later], episode.world_to_camera[later])
@@ -54,5 +54,12 @@ def memory_sheet(
     return rows
 
 
-def _parts(episode: Episode) -> tuple[np.ndarray, ...]:
-    return episode.frames, episode.actions, episode.world_to_camera, episode.intrinsics
+def _parts(episode: Episode, frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The first so many frames, with all that is known of them."""
+    first = slice(frames)
+    return (
+        episode.frames[first],
+        episode.actions[first],
+        episode.world_to_camera[first],
+        episode.intrinsics[first],
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from decmem.world.episode import Episode
 
@@ -49,12 +50,15 @@ class FakeSession:
         self.global_memory = True
         self.timings = {"encode": 0.0, "prefill": 0.5, "rollout": 2.0, "decode": 0.25}
         self.weights_sha256: str | None = "f" * 64
+        self.codec_sha256: str | None = "c" * 64
+        self.recordings: list[tuple[bool, bool]] = []  # global memory, frames coded
         self.rollouts: list[tuple[list[int], bool, bool]] = []
         self.reset()
 
     def reset(self) -> None:
         self.position = 0
         self.order: list[int] | None = None
+        self.latents: torch.Tensor | None = None
 
     def observe(
         self,
@@ -62,7 +66,12 @@ class FakeSession:
         actions: np.ndarray,
         world_to_camera: np.ndarray,
         intrinsics: np.ndarray,
+        latents: torch.Tensor | None = None,
     ) -> None:
+        shape = (self.batch, (frames.shape[1] + 3) // 4, 1, 2, 3)
+        assert latents is None or latents.shape == shape
+        self.recordings.append((self.global_memory, latents is None))
+        self.latents = torch.zeros(shape) if latents is None else latents
         assert len(frames) == len(actions) == len(intrinsics) == self.batch
         assert frames.shape[1] == world_to_camera.shape[1] == actions.shape[1]
         for seed, shown in zip(self.seeds, frames, strict=True):
@@ -83,6 +92,11 @@ class FakeSession:
         assert truths.shape[1] == actions.shape[1]
         good = self.remembers and self.global_memory and self.order is None
         return truths + np.uint8(self.error if good else OFF_ERROR)
+
+    def rewind(self, latents: int) -> None:
+        assert 4 * (latents - 1) + 1 == self.observed
+        assert self.order is None  # another's memory is not given back
+        self.position = self.observed
 
     def shuffle_history(self, order: Sequence[int]) -> None:
         assert sorted(order) == list(range(self.batch))

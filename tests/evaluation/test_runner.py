@@ -78,9 +78,11 @@ def test_same_worlds_in_every_row_and_memory_off_while_recording(tmp_path: Path)
     # seeds, global memory, shuffled: one group of three, three roll-outs a walk.
     assert session.rollouts == 2 * [
         ([5, 6, 7], True, False),
-        ([5, 6, 7], False, False),
         ([5, 6, 7], True, True),
+        ([5, 6, 7], False, False),
     ]
+    # Both dreams with the memory on read one recording, and frames are coded once a walk.
+    assert session.recordings == 2 * [(True, True), (False, False)]
     assert session.global_memory
 
 

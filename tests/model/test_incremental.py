@@ -156,3 +156,43 @@ def test_rebasing_changes_no_velocity(small: ModelConfig, awake, clip) -> None:
     before = velocity()
     bank.rebase(bank.anchor + torch.tensor([[3.0, -1.0, 2.0], [-4.0, 0.0, 5.0]]))
     torch.testing.assert_close(velocity(), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pocket", "paper", "dense"])
+@torch.no_grad()
+def test_a_pass_that_only_writes_leaves_the_same_bank(
+    name: str, small: ModelConfig, awake, clip, with_reach
+) -> None:
+    config = configured(small, with_reach, name)
+    model, data = awake(config), clip(config, LATENTS)
+    reach, known = config.reading.reach, data.conditions[:4]
+    t, ahead = torch.zeros(len(data.clean), 4), data.conditions[4:]
+    banks, chunks = [], []
+    for writes in (False, True):
+        bank = new_bank(model, data.conditions)
+        plan = bank_plan(reach, 0, 4, 4, writes)
+        out = model(data.clean[:, :4], t, model.context(known, bank), plan, bank)
+        assert out.shape[1] == (0 if writes else 4)
+        assert out.dtype == torch.float32
+        bank.commit(known.cameras, known.lens, known.time)
+        banks.append(bank)
+        plan = bank_plan(reach, 4, 4, 4)
+        context = model.context(ahead, bank)
+        chunks.append(model(data.noisy[:, 4:], data.t[:, 4:], context, plan, bank))
+    for whole, short in zip(*(bank.layers for bank in banks), strict=True):
+        for part, per_latent in (("keys", 1), ("values", 1), ("pooled", config.layout.M)):
+            stored = (getattr(layer, part)[:, :, : 4 * per_latent] for layer in (whole, short))
+            assert torch.equal(*stored)
+    assert torch.equal(*chunks)
+
+
+@torch.no_grad()
+def test_a_pass_that_only_writes_reads_nothing_in_the_last_layer(
+    small: ModelConfig, awake, clip
+) -> None:
+    model, data = awake(small), clip(small, 4)
+    model.blocks[-1].ffn.register_forward_hook(lambda *_: pytest.fail("the last feed-forward ran"))
+    model.head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    bank = new_bank(model, data.conditions)
+    context, t = model.context(data.conditions, bank), torch.zeros(2, 4)
+    model(data.clean, t, context, bank_plan(small.reading.reach, 0, 4, 4, writes=True), bank)
