@@ -91,7 +91,8 @@ class Memory(nn.Module):
         if reading.bank is None:
             return self.read(reading, coded, coded.k, coded.v)
         reading.bank.stage(coded.k, coded.v, self.layout)
-        return self.read(reading, coded, reading.bank.keys, reading.bank.values)
+        pool = reading.plan.history + coded.k.shape[2]
+        return self.read(reading, coded, *reading.bank.pool(pool, coded.k.dtype))
 
     def read(
         self, reading: Reading, coded: Coded, k: Tensor, v: Tensor

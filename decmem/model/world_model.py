@@ -17,6 +17,7 @@ from decmem.memory import (
     Recall,
     TokenLayout,
 )
+from decmem.memory.bank import bytes_per_latent
 from decmem.memory.coding import heads_first
 from decmem.memory.position import Position, make_position
 from decmem.model.block import Block
@@ -152,8 +153,13 @@ class WorldModel(nn.Module):
         anchor: Float[Tensor, "B 3"],
         dtype: torch.dtype = torch.float32,
         room: int = 64,
+        limit: int | None = None,
     ) -> Bank:
-        """An empty bank for as many worlds as there are anchors, on the model's device."""
+        """An empty bank for as many worlds as there are anchors, on the model's device.
+
+        Raises:
+            UserError: as `Bank`.
+        """
         return Bank(
             self.config.layers,
             self.config.heads,
@@ -164,7 +170,14 @@ class WorldModel(nn.Module):
             dtype,
             self.head.weight.device,
             room,
+            limit,
         )
+
+    def bytes_per_latent(self, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes that a latent of one world takes in a bank of this dtype."""
+        config = self.config
+        heads, head_dim = config.heads, config.position.head_dim
+        return bytes_per_latent(config.layers, heads, head_dim, self.layout, dtype)
 
     def context(
         self,
