@@ -150,6 +150,13 @@ class Block(nn.Module):
         self.ffn_norm = ScaledNorm(width, time_width)
         self.ffn = FeedForward(width, ffn_multiple)
 
+    def projections(self) -> list[nn.Linear]:
+        """The linear maps of activations, whose weights follow their dtype."""
+        far, near, ffn = self.spatiotemporal, self.spatial, self.ffn
+        found: list[nn.Linear] = [near.qkv, near.out, far.qkv, far.out, ffn.up, ffn.down]
+        gate = getattr(far.memory, "gate", None)
+        return found if gate is None else [*found, gate]
+
     def forward(
         self,
         x: Float[Tensor, "B T S width"],

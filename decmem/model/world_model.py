@@ -148,6 +148,16 @@ class WorldModel(nn.Module):
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
 
+    def hold_weights(self, dtype: torch.dtype) -> None:
+        """Keeps the weights that activations of `dtype` meet in `dtype`, for inference: rounded
+        once instead of in every pass, with the same outcome. What meets fp32 stays fp32."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in block.projections():
+                linear.to(dtype)
+        self.patchify.to(dtype)
+        self.head.to(dtype)
+
     def new_bank(
         self,
         anchor: Float[Tensor, "B 3"],
