@@ -12,6 +12,7 @@ from decmem.bench.clock import median_ms
 from decmem.bench.history import random_bank, wandering
 from decmem.bench.lists import RandomLists, WatchedLists
 from decmem.codec import DecoderStream
+from decmem.errors import UserError
 from decmem.experiment import Experiment
 from decmem.memory import Bank, MemoryName, Recall
 from decmem.model import Conditions, WorldModel
@@ -48,8 +49,11 @@ class RolloutBench:
     @torch.no_grad()
     def rows(
         self, watch: Callable[[str, int, int], None] | None = None
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """One row per memory and history, and what else was seen while it was timed."""
+    ) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any]]]:
+        """One row per memory and history, and what else was seen while it was timed.
+
+        A history that the device has no room for has no row, and says so.
+        """
         plan: list[tuple[MemoryName, bool, int]] = [
             (memory, random, history)
             for memory in self.memories
@@ -61,7 +65,11 @@ class RolloutBench:
         for done, (memory, random, history) in enumerate(plan):
             if model is None or built != memory:
                 model, built = self._model(memory), memory
-            yield self._row(model, memory, history, random)
+            try:
+                yield self._row(model, memory, history, random)
+            except (UserError, torch.OutOfMemoryError) as failure:
+                reason = str(failure).splitlines()[0]
+                yield None, {"memory": memory, "history": history, "failure": reason}
             if watch is not None:
                 lists = ", random lists" if random else ""
                 watch(f"{memory}{lists}, {history} latents", done + 1, len(plan))

@@ -116,7 +116,9 @@ class BenchRollout:
             self.random_lists,
         )
         with stage_bars(single=True) as watch:
-            rows, seen = zip(*bench.rows(watch), strict=True)
+            made = list(bench.rows(watch))
+        if not any(row for row, _ in made):
+            raise UserError("--history", made[0][1]["failure"], "Ask for less")
         path = self.out / f"rollout_{device.type}.json"
         write_json(
             path,
@@ -128,13 +130,16 @@ class BenchRollout:
                 "weights": "random",
                 "repeats": self.repeats,
                 "chunk": bench.latents,
-                "rows": list(rows),
-                "seen": list(seen),
+                "rows": [row for row, _ in made if row],
+                "seen": [seen for _, seen in made],
             },
         )
         print("| memory | history | retrieval | ms per chunk | frames/s | different blocks |")
         print("| --- | --- | --- | --- | --- | --- |")
-        for row, also in zip(rows, seen, strict=True):
+        for row, also in made:
+            if row is None:
+                print(f"| {also['memory']} | {also['history']} | {also['failure']} | | | |")
+                continue
             figures = f"{row['ms_per_chunk']:.1f} | {row['fps']:.2f}"
             blocks = also.get("distinct_blocks", {}).get("mean", "")
             told = f"{row['memory']} | {row['history']} | {row['retrieval'] or ''}"

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from decmem.bench import clock
+from decmem.bench import rollout as rollout_module
 from decmem.bench.history import random_bank, wandering
 from decmem.bench.lists import RandomLists, WatchedLists
 from decmem.cli import main
+from decmem.errors import UserError
+from decmem.memory import Bank
 from decmem.memory.quantised import FP8
 from decmem.model import WorldModel
 from decmem.presets import TINY
@@ -96,6 +100,25 @@ def test_rows_say_how_chunks_were_computed(tmp_path: Path) -> None:
         assert 4 <= seen["distinct_blocks"]["fewest"] <= seen["distinct_blocks"]["most"] <= 9 * 6
     # Drawn uniformly, 24 lists of 4 out of 54 leave hardly a block out.
     assert written["seen"][1]["distinct_blocks"]["fewest"] > 0.75 * 9 * 6
+
+
+def test_what_does_not_fit_says_so_and_spoils_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(model: WorldModel, latents: int, *rest: Any) -> Bank:
+        if latents > 6:
+            raise UserError("history", "no room", "Ask for less")
+        return random_bank(model, latents, *rest)
+
+    monkeypatch.setattr(rollout_module, "random_bank", short)
+    options = ["--preset", "tiny", "--device", "cpu", "--steps", "1", "--repeats", "1"]
+    options += ["--memory", "decoupled", "--out", str(tmp_path)]
+    assert main(["bench", "rollout", *options, "--history", "5", "9"]) == 0
+    written = json.loads((tmp_path / "rollout_cpu.json").read_text())
+    assert [row["history"] for row in written["rows"]] == [5]
+    assert "no room" in written["seen"][1]["failure"]
+    assert "| decoupled | 9 | " in capsys.readouterr().out
+    assert main(["bench", "rollout", *options, "--history", "9"]) == 2
 
 
 def test_random_lists_are_lists(model: WorldModel) -> None:
