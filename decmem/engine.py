@@ -176,7 +176,8 @@ class Engine:
                 self._run(bank, finds)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # A server decodes on other threads meanwhile: what they call is no business of the capture.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             out = self._run(bank, finds)
         self.graphs[finds] = (graph, out)
 
