@@ -52,7 +52,7 @@ class History:
         self.settle(sampler)
         if self.bank is None:
             anchor = camera_centres(conditions.cameras[:, -1]).cpu()
-            self.bank = sampler.model.new_bank(anchor, sampler.dtype)
+            self.bank = sampler.new_bank(anchor)
         if not later:
             sampler.write(self.bank, latents, conditions)
         recall = sampler.recall
@@ -162,7 +162,7 @@ class History:
         for one in passes:
             if self.bank is None:
                 anchor = torch.tensor(one.anchor, dtype=torch.float64)
-                self.bank = sampler.model.new_bank(anchor, sampler.dtype)
+                self.bank = sampler.new_bank(anchor)
             reader = replace(sampler, recall=Recall(one.global_memory, one.retrieved))
             anchor = torch.tensor(one.anchor, dtype=torch.float64)
             if not torch.equal(anchor, self.bank.anchor):

@@ -21,11 +21,7 @@ from decmem.experiment import load_parts
 from decmem.history import History
 from decmem.memory import Bank, Lens, Recall
 from decmem.model import Conditions, WorldModel
-from decmem.model.conditioning import (
-    FRAMES_PER_LATENT,
-    conditions_of_frames,
-    normalised_lens,
-)
+from decmem.model.conditioning import FRAMES_PER_LATENT, conditions_of_frames, normalised_lens
 from decmem.observation import (
     check_counts,
     check_frames,
@@ -38,7 +34,7 @@ from decmem.observation import (
     valid_poses,
 )
 from decmem.presets import preset
-from decmem.sampler import Sampler
+from decmem.sampler import Running, Sampler
 from decmem.saved_world import SavedWorld, load_world, save_world
 from decmem.world.actions import A
 from decmem.world.camera import intrinsics as default_intrinsics
@@ -58,6 +54,7 @@ class Session:
             the latent's index alone, so neither company nor rewinding changes it.
         retrieved: k, blocks the global memory reads; None takes the trained one.
         dtype: of activations and bank; fp32 on a CPU, bf16 on a GPU where None.
+        running: how chunks are computed where the model leaves a choice.
         sha256, codec_sha256: of the weights' files, for what is saved.
 
     Settings (`steps`, `guidance`, `chunk`, `retrieved`, `global_memory`, `lens`) are attributes
@@ -84,6 +81,7 @@ class Session:
         dtype: torch.dtype | None = None,
         sha256: str | None = None,
         codec_sha256: str | None = None,
+        running: Running | None = None,
     ) -> None:
         self.codec = codec
         self.model = model
@@ -91,17 +89,15 @@ class Session:
         self.device = model.head.weight.device
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.flow = flow_config or flow.FlowConfig()
-        self.steps = steps
-        self.guidance = guidance
+        self.steps, self.guidance = steps, guidance
         self.chunk = chunk or self.config.chunk
         self.retrieved = retrieved
         self.global_memory = True
-        self.lens = False
-        self.deferred = False
+        self.running = running or Running()
+        self.lens = self.deferred = False
         self.batch = batch
         self.seeds = checked_seeds(range(batch) if seeds is None else seeds, batch)
-        self.weights_sha256 = sha256
-        self.codec_sha256 = codec_sha256
+        self.weights_sha256, self.codec_sha256 = sha256, codec_sha256
         self._check_settings()
         self.reset()
 
@@ -120,6 +116,7 @@ class Session:
         retrieved: int | None = None,
         batch: int = 1,
         seeds: Sequence[int] | None = None,
+        running: Running | None = None,
     ) -> "Session":
         """A session with a preset's shipped weights, or with those at `weights`.
 
@@ -129,7 +126,7 @@ class Session:
         experiment = preset(preset_name)
         codec, model, sums = load_parts(experiment, weights, codec_weights, device)
         sampler = experiment.sampler
-        return cls(
+        session = cls(
             codec,
             model,
             flow_config=experiment.flow,
@@ -142,7 +139,10 @@ class Session:
             dtype=dtype,
             sha256=sums["model"],
             codec_sha256=sums["codec"],
+            running=running,
         )
+        model.hold_weights(session.dtype)
+        return session
 
     def reset(self) -> None:
         """Forgets the world."""
@@ -380,7 +380,7 @@ class Session:
         """The model with the session's present settings."""
         recall = Recall(self.global_memory, self.retrieved)
         times = flow.sampling_times(self.flow, self.steps)
-        return Sampler(self.model, times, self.guidance, self.dtype, recall)
+        return Sampler(self.model, times, self.guidance, self.dtype, recall, self.running)
 
     def _check_settings(self) -> None:
         check_settings(

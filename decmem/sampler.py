@@ -1,18 +1,49 @@
 """The sampler: denoises a chunk behind a bank, and writes clean chunks into it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from decmem import flow
+from decmem.engine import Branches, Engine, engine_key, serves
+from decmem.errors import UserError
 from decmem.memory import Bank, Lens, Recall, bank_plan, joint_plan
 from decmem.model import Conditions, WorldModel
 from decmem.model.conditioning import camera_centres
+from decmem.model.world_model import Context
 
 _NOISE_STREAM = 0x9E3779B97F4A7C15  # keeps the noise of neighbouring seeds apart
+
+
+@dataclass(frozen=True)
+class Running:
+    """How chunks are computed where the model leaves a choice; what stands here is the paper's way.
+
+    Args:
+        retrieve_until: denoising steps that retrieve; the lists of the last of them serve all
+            later steps. None retrieves in every step.
+        share_lists: guidance's second branch reads the lists of the first.
+        bank_dtype: of stored keys and values, None for that of the activations.
+        room, limit: latents the bank has room for at first, and at most (None: no limit).
+        graphs: "auto" records the denoising step as CUDA graphs on a GPU; "eager" runs the same
+            code without recording, anywhere; "off" does neither.
+    """
+
+    retrieve_until: int | None = None
+    share_lists: bool = False
+    bank_dtype: torch.dtype | None = None
+    room: int = 64
+    limit: int | None = None
+    graphs: Literal["auto", "eager", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.retrieve_until is not None and self.retrieve_until < 1:
+            problem = f"{self.retrieve_until} steps"
+            raise UserError("retrieve_until", problem, "Retrieve in at least 1")
 
 
 @dataclass
@@ -21,7 +52,7 @@ class Sampler:
 
     Args:
         times: of the Euler solver, from 1 to 0. guidance: strength of action guidance or None.
-        dtype: of activations and bank. recall: how the global memory is read.
+        dtype: of activations. recall: how the global memory is read. running: how it is computed.
     """
 
     model: WorldModel
@@ -29,6 +60,16 @@ class Sampler:
     guidance: float | None
     dtype: torch.dtype
     recall: Recall
+    running: Running = field(default_factory=Running)
+
+    def new_bank(self, anchor: Float[Tensor, "B 3"]) -> Bank:
+        """An empty bank as this sampler stores it.
+
+        Raises:
+            UserError: as `Bank`.
+        """
+        run = self.running
+        return self.model.new_bank(anchor, run.bank_dtype or self.dtype, run.room, run.limit)
 
     @property
     def device(self) -> torch.device:
@@ -74,27 +115,65 @@ class Sampler:
         self._keep_near(bank, conditions)
         B, T = noise.shape[:2]
         begun = None if owed is None else self._write_and_begin(bank, owed, conditions, noise)
+        contexts = self._contexts(bank, conditions, B)
         plan = bank_plan(self.model.config.reading.reach, bank.length, T, T)
-        steered = self.model.context(conditions, bank)
-        free = None
-        if self.guidance is not None:
-            nobody = torch.zeros(B, dtype=torch.bool, device=self.device)
-            free = self.model.context(conditions, bank, nobody)
+        branches = self._branches()
+        engine = self._engine(bank, contexts, noise)
+        until = self.running.retrieve_until
 
         def velocity(z: Tensor, t: float) -> Tensor:
+            step = self.times.index(t)
+            watched = lens if step == len(self.times) - 2 else None
+            known = begun if step == 0 else None
+            anew = until is None or step < until
+            if engine is not None and watched is None and known is None:
+                return engine.velocity(bank, z, t, engine.branches.finds(anew))
+            if engine is not None and not anew and engine.branches.found:
+                branches.kept, branches.found = engine.branches.kept, True
             at = torch.full((B, T), t, device=self.device)
-            z = z.to(self.dtype)
-            watched = lens is not None and t == self.times[-2]
-            recall = replace(self.recall, lens=lens) if watched else self.recall
-            if begun is not None and t == self.times[0]:
-                v = begun
-            else:
-                v = self.model(z, at, steered, plan, bank, recall)
-            if free is None or self.guidance is None:
-                return v
-            return flow.guide(v, self.model(z, at, free, plan, bank, self.recall), self.guidance)
+            finds = branches.finds(anew, known is not None)
+            return branches.velocity(z, at, contexts, plan, bank, finds, known, watched)
 
         return flow.solve(velocity, noise, self.times)
+
+    def _contexts(
+        self, bank: Bank, conditions: Conditions, worlds: int
+    ) -> tuple[Context, Context | None]:
+        """Of both branches; the second one's actions are dropped."""
+        steered = self.model.context(conditions, bank)
+        if self.guidance is None:
+            return steered, None
+        nobody = torch.zeros(worlds, dtype=torch.bool, device=self.device)
+        return steered, self.model.context(conditions, bank, nobody)
+
+    def _branches(self) -> Branches:
+        run = self.running
+        share = run.share_lists and self.guidance is not None
+        keep = run.retrieve_until is not None
+        return Branches(self.model, self.guidance, self.dtype, self.recall, share, keep)
+
+    def _engine(
+        self,
+        bank: Bank,
+        contexts: tuple[Context, Context | None],
+        noise: Float[Tensor, "B T C h w"],
+    ) -> Engine | None:
+        """The bank's engine with this chunk laid out; None where there is none to be had."""
+        wanted = self.running.graphs
+        if wanted == "off" or (wanted == "auto" and self.device.type != "cuda"):
+            return None
+        T = noise.shape[1]
+        if not serves(self.model, bank.length, T):
+            return None
+        bank.reserve(bank.length + T)
+        branches, capture = self._branches(), wanted == "auto"
+        engine = bank.engine
+        key = engine_key(branches, bank, noise, capture)
+        if not isinstance(engine, Engine) or engine.key != key:
+            bank.engine = None  # its memory is free before the next one's is taken
+            engine = bank.engine = Engine(branches, bank, contexts, noise, capture)
+        engine.begin(bank, contexts)
+        return engine
 
     def _write_and_begin(
         self,

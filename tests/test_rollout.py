@@ -15,9 +15,10 @@ from decmem.codec import Autoencoder, CodecConfig
 from decmem.errors import UserError
 from decmem.experiment import to_plain
 from decmem.memory import DecoupledMemory, MemoryConfig, PositionConfig, Reach
+from decmem.memory.quantised import FP8
 from decmem.model import ModelConfig, WorldModel, initialise
 from decmem.rollout import Session
-from decmem.sampler import Sampler
+from decmem.sampler import Running, Sampler
 from decmem.shards import save_weights
 from decmem.world.camera import intrinsics, look
 from decmem.world.kinematics import integrate
@@ -861,3 +862,22 @@ def test_known_latents_need_no_coding(
     monkeypatch.setattr(other.codec, "encode", lambda *_: pytest.fail("coded again"))
     other.observe(*known(), latents=latents)
     assert np.array_equal(one.step(future(8)), other.step(future(8)))
+
+
+def test_a_session_runs_as_it_is_told(session: Callable[..., Session]) -> None:
+    data, actions = known(), future(16)
+    told = Running(graphs="eager", bank_dtype=FP8, room=9, limit=9)
+    one, plain = session(running=told), session()
+    for each in (one, plain):
+        each.observe(*data)
+        each.step(actions)
+    assert one.bank is not None
+    assert one.bank.dtype == FP8
+    assert one.bank.engine is not None
+    assert (dreamt(one, 4) - dreamt(plain, 4)).abs().mean() < 0.3 * dreamt(plain, 4).std()
+    twin = one.fork().bank
+    assert twin is not None
+    assert twin.engine is None
+    with pytest.raises(UserError, match="the bank was made for 9"):
+        one.step(actions)
+    assert one.length == 9

@@ -5,6 +5,7 @@ import math
 import torch
 
 from decmem.memory import Bank
+from decmem.memory.quantised import FP8
 from decmem.model import Conditions, WorldModel
 
 _PIECE = 32
@@ -43,13 +44,14 @@ def random_bank(
     bank = model.new_bank(torch.zeros(1, 3), dtype, room or latents)
     device = model.head.weight.device
     draw = torch.Generator(device).manual_seed(0)
+    drawn = torch.bfloat16 if dtype == FP8 else dtype
     for start in range(0, latents, _PIECE):
         count = min(_PIECE, latents - start)
         for layer in bank.layers:
             _, H, _, S, D = layer.keys.shape
             shape = (1, H, count, S, D)
             k, v = (
-                torch.randn(shape, generator=draw, device=device, dtype=dtype) for _ in range(2)
+                torch.randn(shape, generator=draw, device=device, dtype=drawn) for _ in range(2)
             )
             layer.stage(k, v, model.layout)
         known = wandering(model, start, count)

@@ -1,7 +1,8 @@
 """Time per chunk of a roll-out, by the length of its history."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ import torch
 from decmem import flow
 from decmem.bench.clock import median_ms
 from decmem.bench.history import random_bank, wandering
+from decmem.bench.lists import RandomLists, WatchedLists
 from decmem.codec import DecoderStream
+from decmem.errors import UserError
 from decmem.experiment import Experiment
-from decmem.memory import MemoryName, Recall
-from decmem.sampler import Sampler
-from decmem.world.version import FPS
+from decmem.memory import Bank, MemoryName, Recall
+from decmem.model import Conditions, WorldModel
+from decmem.sampler import Running, Sampler
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,12 @@ class RolloutBench:
 
     Args:
         memories: decoupled, dense or window, side by side.
-        steps, guidance, chunk: of the sampler; None takes the preset's.
+        steps, guidance, chunk: of the sampler; None takes the preset's steps and chunk, and no
+            guidance.
         with_codec: decode the chunk to frames inside the clock.
+        running: how chunks are computed; the room of its bank is the benchmark's business.
+        random_lists: one more row for each history of the decoupled memory, with uniformly random
+            lists.
     """
 
     experiment: Experiment
@@ -36,32 +43,78 @@ class RolloutBench:
     chunk: int | None = None
     with_codec: bool = False
     repeats: int = 7
+    running: Running = field(default_factory=Running)
+    random_lists: bool = False
 
     @torch.no_grad()
-    def rows(self, watch: Callable[[str, int, int], None] | None = None) -> Iterator[dict]:
-        """One row per memory and history; histories take turns, so that a machine that slows
-        down slows all of them."""
-        done, total = 0, len(self.memories) * len(self.histories)
-        for memory in self.memories:
-            for history in self.histories:
-                yield self._row(memory, history)
-                done += 1
-                if watch is not None:
-                    watch(f"{memory}, {history} latents", done, total)
+    def rows(
+        self, watch: Callable[[str, int, int], None] | None = None
+    ) -> Iterator[tuple[dict[str, Any] | None, dict[str, Any]]]:
+        """One row per memory and history, and what else was seen while it was timed.
 
-    def _row(self, memory: MemoryName, history: int) -> dict[str, Any]:
-        experiment = self.experiment.with_memory(memory)
-        config = experiment.model
+        A history that the device has no room for has no row, and says so.
+        """
+        plan: list[tuple[MemoryName, bool, int]] = [
+            (memory, random, history)
+            for memory in self.memories
+            for random in ((False, True) if self.random_lists else (False,))
+            for history in self.histories
+            if memory == "decoupled" or not random
+        ]
+        model, built = None, None
+        for done, (memory, random, history) in enumerate(plan):
+            if model is None or built != memory:
+                model, built = self._model(memory), memory
+            try:
+                yield self._row(model, memory, history, random)
+            except (UserError, torch.OutOfMemoryError) as failure:
+                reason = str(failure).splitlines()[0]
+                yield None, {"memory": memory, "history": history, "failure": reason}
+            if watch is not None:
+                lists = ", random lists" if random else ""
+                watch(f"{memory}{lists}, {history} latents", done + 1, len(plan))
+
+    def _model(self, memory: MemoryName) -> WorldModel:
         torch.manual_seed(0)
-        model = experiment.build_model().eval().requires_grad_(False).to(self.device)
-        steps = self.steps or experiment.sampler.steps
-        chunk = self.chunk or config.chunk
-        times = flow.sampling_times(experiment.flow, steps)
-        sampler = Sampler(model, times, self.guidance, self.dtype, Recall())
-        bank = random_bank(model, history, self.dtype, history + chunk)
-        steering = wandering(model, history, chunk)
+        with torch.device(self.device):
+            model = WorldModel(self.experiment.with_memory(memory).model)
+        model.to(self.device).eval().requires_grad_(False)
+        model.hold_weights(self.dtype)
+        return model
+
+    @property
+    def latents(self) -> int:
+        """Of a chunk."""
+        return self.chunk or self.experiment.model.chunk
+
+    def _sampler(self, model: WorldModel, history: int, random: bool) -> Sampler:
+        steps = self.steps or self.experiment.sampler.steps
+        recall, run = Recall(), dataclasses.replace(self.running, room=history + self.latents)
+        if random:
+            # Every branch draws its own, and every step selects before it is given them.
+            run = dataclasses.replace(run, retrieve_until=None, share_lists=False)
+            config = model.config
+            branches = 1 if self.guidance is None else 2
+            blocks, calls = history * model.layout.M, config.layers * branches
+            recall = Recall(
+                kept=RandomLists(blocks=blocks, calls=calls, count=config.reading.retrieved)
+            )
+        times = flow.sampling_times(self.experiment.flow, steps)
+        return Sampler(model, times, self.guidance, self.dtype, recall, run)
+
+    def _row(
+        self, model: WorldModel, memory: MemoryName, history: int, random: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        gpu = self.device.type == "cuda"
+        if gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        sampler = self._sampler(model, history, random)
+        stored = self.running.bank_dtype or self.dtype
+        bank = random_bank(model, history, stored, sampler.running.room)
+        steering = wandering(model, history, self.latents)
         noise = sampler.noise([0], steering.time.tolist())
-        codec = experiment.build_codec().eval().to(self.device) if self.with_codec else None
+        codec = self.experiment.build_codec().eval().to(self.device) if self.with_codec else None
         stream = DecoderStream()
 
         def one_chunk() -> None:
@@ -72,24 +125,71 @@ class RolloutBench:
             bank.truncate(history)
 
         ms = median_ms(one_chunk, self.device, repeats=self.repeats)
-        gpu = self.device.type == "cuda"
-        return {
-            "preset": experiment.name,
+        decoupled, run = memory == "decoupled", sampler.running
+        until, steps = run.retrieve_until, len(sampler.times) - 1
+        reused = until is not None and until < steps
+        retrieval = "random" if random else "reused" if reused else "every_step"
+        shared = run.share_lists and self.guidance is not None
+        row = {
+            "preset": self.experiment.name,
             "memory": memory,
             "steps": steps,
             "guidance": self.guidance,
-            "chunk": chunk,
             "history": history,
             "device": torch.cuda.get_device_name(self.device) if gpu else "cpu",
             "gpu_count": 1 if gpu else 0,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "gemm_dtype": str(self.dtype).removeprefix("torch."),
-            "bank_dtype": str(self.dtype).removeprefix("torch."),
-            "retrieval": "every_step" if memory == "decoupled" else None,
-            "lists": "own" if memory == "decoupled" else None,
+            "dtype": _name(self.dtype),
+            "gemm_dtype": _name(self.dtype),
+            "bank_dtype": _name(stored),
+            "retrieval": retrieval if decoupled else None,
+            "lists": ("shared" if shared else "own") if decoupled else None,
             "ms_per_chunk": round(ms, 3),
-            "fps": round(4 * chunk / ms * 1000, 3),
-            "times_real_time": round(4 * chunk / ms * 1000 / FPS, 3),
+            "fps": round(4 * self.latents / ms * 1000, 3),
             "bytes_per_latent": bank.bytes_per_latent,
             "covers": "dit+codec" if self.with_codec else "dit",
         }
+        seen = {
+            "memory": memory,
+            "history": history,
+            "retrieval": row["retrieval"],
+            "engine": None if bank.engine is None else run.graphs,
+            "bank_bytes": bank.allocated_bytes,
+            "peak_bytes": torch.cuda.max_memory_allocated(self.device) if gpu else None,
+        }
+        if decoupled:
+            seen |= self._fetched(sampler, bank, steering)
+        return row, seen
+
+    def _fetched(self, sampler: Sampler, bank: Bank, steering: Conditions) -> dict[str, Any]:
+        """Blocks that one pass fetches: the mean over layers, the fewest and the most."""
+        chosen = sampler.recall.kept
+        if isinstance(chosen, RandomLists):
+            distinct = [
+                sum(len(head.unique()) for head in lists.flatten(0, 1)) / lists.shape[1]
+                for lists in chosen.lists
+            ]
+            listed = chosen.lists[0].shape[-1] * chosen.lists[0].shape[-2]
+        else:
+            watched = WatchedLists()
+            once = dataclasses.replace(
+                sampler,
+                times=sampler.times[:1] + sampler.times[-1:],
+                guidance=None,
+                recall=Recall(kept=watched),
+                running=Running(graphs="off"),
+            )
+            once.generate(bank, steering, sampler.noise([0], steering.time.tolist()))
+            distinct, listed = watched.distinct, max(watched.listed)
+        return {
+            "blocks": bank.length * bank.layout.M,
+            "listed_blocks": listed,
+            "distinct_blocks": {
+                "mean": round(sum(distinct) / len(distinct), 1),
+                "fewest": round(min(distinct), 1),
+                "most": round(max(distinct), 1),
+            },
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -39,7 +39,22 @@ class BenchRollout:
     """Latents generated together; default the preset's 4."""
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of activations and bank; auto is bf16 on a GPU, fp32 on a CPU."""
+    """Of activations; auto is bf16 on a GPU, fp32 on a CPU."""
+
+    bank_dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """Of stored keys and values; auto is that of the activations."""
+
+    retrieve_until: int | None = None
+    """Steps that retrieve; later ones reuse the lists of the last of them. Default every step."""
+
+    share_lists: bool = False
+    """The second branch of guidance reads the lists of the first."""
+
+    random_lists: bool = False
+    """More rows, with uniformly random lists: what caches can never help with."""
+
+    graphs: Literal["auto", "eager", "off"] = "auto"
+    """auto records denoising as CUDA graphs on a GPU; eager runs the same code unrecorded."""
 
     codec: bool = False
     """Decode to frames inside the clock."""
@@ -60,7 +75,9 @@ class BenchRollout:
         from decmem.bench.rollout import RolloutBench
         from decmem.experiment import pick_device
         from decmem.machine import code_commit, describe_machine
+        from decmem.memory.quantised import FP8
         from decmem.presets import preset
+        from decmem.sampler import Running
         from decmem.storage import write_json
 
         for name, values in (("history", self.history), ("memory", self.memory)):
@@ -68,14 +85,17 @@ class BenchRollout:
                 raise UserError(f"--{name}", "none given", "Give one or more")
         if min(self.history) < 1:
             raise UserError("--history", f"got {min(self.history)}", "Give 1 latent or more")
-        for name in ("steps", "chunk", "repeats"):
+        for name in ("steps", "chunk", "repeats", "retrieve_until"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name}", f"got {value}, expected at least 1", "Raise it")
+                raise UserError(
+                    f"--{name.replace('_', '-')}", f"got {value}, expected at least 1", "Raise it"
+                )
         experiment = preset(self.preset)
         device = pick_device(self.device)
         gpu = device.type == "cuda"
         dtype = torch.bfloat16 if self.dtype == "bf16" or (self.dtype == "auto" and gpu) else None
+        formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
         bench = RolloutBench(
             experiment,
             device,
@@ -87,9 +107,18 @@ class BenchRollout:
             self.chunk,
             self.codec,
             self.repeats,
+            Running(
+                self.retrieve_until,
+                self.share_lists,
+                formats.get(self.bank_dtype),
+                graphs=self.graphs,
+            ),
+            self.random_lists,
         )
         with stage_bars(single=True) as watch:
-            rows = list(bench.rows(watch))
+            made = list(bench.rows(watch))
+        if not any(row for row, _ in made):
+            raise UserError("--history", made[0][1]["failure"], "Ask for less")
         path = self.out / f"rollout_{device.type}.json"
         write_json(
             path,
@@ -100,12 +129,19 @@ class BenchRollout:
                 "machine": describe_machine(device),
                 "weights": "random",
                 "repeats": self.repeats,
-                "rows": rows,
+                "chunk": bench.latents,
+                "rows": [row for row, _ in made if row],
+                "seen": [seen for _, seen in made],
             },
         )
-        print("| memory | history | ms per chunk | frames/s |")
-        print("| --- | --- | --- | --- |")
-        for row in rows:
+        print("| memory | history | retrieval | ms per chunk | frames/s | different blocks |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for row, also in made:
+            if row is None:
+                print(f"| {also['memory']} | {also['history']} | {also['failure']} | | | |")
+                continue
             figures = f"{row['ms_per_chunk']:.1f} | {row['fps']:.2f}"
-            print(f"| {row['memory']} | {row['history']} | {figures} |")
+            blocks = also.get("distinct_blocks", {}).get("mean", "")
+            told = f"{row['memory']} | {row['history']} | {row['retrieval'] or ''}"
+            print(f"| {told} | {figures} | {blocks} |")
         print(f"{path} holds every figure and the machine.")

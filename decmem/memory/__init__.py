@@ -6,6 +6,7 @@ from typing import Literal
 from decmem.memory.bank import Bank
 from decmem.memory.base import Memory, MemoryConfig, Reading, Recall
 from decmem.memory.decoupled import DecoupledMemory
+from decmem.memory.kept_lists import KeptLists
 from decmem.memory.layout import TokenLayout
 from decmem.memory.lens import Lens
 from decmem.memory.plan import Plan, Reach, bank_plan, joint_plan, training_plan
@@ -24,6 +25,7 @@ __all__ = [
     "MEMORIES",
     "Bank",
     "DecoupledMemory",
+    "KeptLists",
     "Lens",
     "Memory",
     "MemoryConfig",

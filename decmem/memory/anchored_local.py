@@ -21,8 +21,8 @@ class AnchoredLocalMemory(nn.Module):
         self.backend: Backend = backend
 
     def _valid(self, device: torch.device) -> Bool[Tensor, "S"] | None:
-        valid = self.layout.valid
-        return None if valid is None else valid.flatten().to(device)
+        valid = self.layout.valid_on(device)
+        return None if valid is None else valid.flatten()
 
     def forward(
         self,

@@ -6,12 +6,12 @@ makes it history. Cameras are held relative to an anchor (a point of the world),
 moves the anchor along on long walks, so that numbers stay small wherever the walk leads.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from decmem.errors import UserError
+from decmem.memory.arena import LayerBank, Scratch
 from decmem.memory.layout import TokenLayout
 from decmem.memory.position import (
     PositionConfig,
@@ -19,58 +19,23 @@ from decmem.memory.position import (
     surface_shift,
     transform_quads,
 )
+from decmem.memory.quantised import FP8, STORED
 from decmem.ops.rotary import Rotation, rotate_pairs
-from decmem.ops.selection import pool_blocks
 
-_SEGMENT = 64
+__all__ = ["Bank", "LayerBank", "bytes_per_latent"]
 
-
-def _arena(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for (B, H, ..., D), uninitialised.
-
-    On a CPU all heads of a token lie side by side, as projections leave them: nothing is turned
-    round on its way in, and a block of all heads is gathered in one piece.
-    """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    B, H, *tokens, D = shape
-    return torch.empty(B, *tokens, H, D, dtype=dtype).movedim(-2, 1)
+_PIECE = 64
+"""Latents carried to another anchor at a time, so that it needs little memory."""
 
 
-@dataclass
-class LayerBank:
-    """One layer's arena. `length` latents are history."""
-
-    keys: Float[Tensor, "B H room S D"]
-    values: Float[Tensor, "B H room S D"]
-    pooled: Float[Tensor, "B H blocks D"]
-    length: int = 0
-
-    @property
-    def room(self) -> int:
-        return self.keys.shape[2]
-
-    def stage(
-        self, k: Float[Tensor, "B H T S D"], v: Float[Tensor, "B H T S D"], layout: TokenLayout
-    ) -> None:
-        """Puts a chunk behind the history; a later stage overwrites it unless committed."""
-        end = self.length + k.shape[2]
-        if end > self.room:
-            self._grow(end, layout)
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        valid = layout.valid if layout.valid is None else layout.valid.to(k.device)
-        blocks = k.reshape(*k.shape[:2], -1, layout.P, k.shape[-1])
-        self.pooled[:, :, self.length * layout.M : end * layout.M] = pool_blocks(blocks, valid)
-
-    def _grow(self, latents: int, layout: TokenLayout) -> None:
-        room = -(-latents // _SEGMENT) * _SEGMENT
-        for name, per_latent in (("keys", 1), ("values", 1), ("pooled", layout.M)):
-            old = getattr(self, name)
-            shape = (*old.shape[:2], room * per_latent, *old.shape[3:])
-            new = _arena(shape, old.dtype, old.device)
-            new[:, :, : self.length * per_latent] = old[:, :, : self.length * per_latent]
-            setattr(self, name, new)
+def bytes_per_latent(
+    layers: int, heads: int, head_dim: int, layout: TokenLayout, dtype: torch.dtype
+) -> int:
+    """Bytes that a latent of one world takes in all layers: keys, values, their scales where they
+    are stored in 8 bits, and pooled keys."""
+    token = head_dim * dtype.itemsize + (torch.bfloat16.itemsize if dtype == FP8 else 0)
+    pooled = layout.M * head_dim * torch.float32.itemsize
+    return layers * heads * (2 * layout.S * token + pooled)
 
 
 class Bank:
@@ -81,7 +46,12 @@ class Bank:
         position: channel groups of a head. layout: token layout of a latent.
         batch: worlds side by side, all of one length.
         anchor: (B, 3) point of the world that cameras are held relative to, float64.
+        dtype: of stored keys and values; fp8 keeps a scale per token, and reading dequantises.
         room: latents to reserve; the arena grows by segments beyond it.
+        limit: latents it will ever hold; None grows as far as the device has room.
+
+    Raises:
+        UserError: for a dtype that nothing is stored in, and where the device has no room.
     """
 
     def __init__(
@@ -94,21 +64,24 @@ class Bank:
         anchor: Float[Tensor, "B 3"],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        room: int = _SEGMENT,
+        room: int = 64,
+        limit: int | None = None,
     ) -> None:
-        D, M, S = position.head_dim, layout.M, layout.S
+        if dtype not in STORED:
+            known = ", ".join(str(one).removeprefix("torch.") for one in STORED)
+            raise UserError("bank", f"{dtype} stores no keys", f"Choose one of: {known}")
         self.position = position
         self.layout = layout
         self.anchor = anchor.double().cpu()
         place = torch.device(device)
+        shape = (batch, heads, room if limit is None else min(room, limit), layout.S)
+        scratch = Scratch()
         self.layers = [
-            LayerBank(
-                _arena((batch, heads, room, S, D), dtype, place),
-                _arena((batch, heads, room, S, D), dtype, place),
-                _arena((batch, heads, room * M, D), torch.float32, place),
-            )
+            LayerBank.empty((*shape, position.head_dim), layout.M, dtype, place, limit, scratch)
             for _ in range(layers)
         ]
+        # What was made for these very arenas and goes with them (`decmem.engine`).
+        self.engine: object | None = None
         self.world_to_camera = torch.empty(batch, 0, 4, 4, dtype=torch.float64)
         self.lens = torch.empty(batch, 0, 4)
         self.time = torch.empty(0, dtype=torch.long)
@@ -121,16 +94,28 @@ class Bank:
     @property
     def bytes_per_latent(self) -> int:
         """Bytes a latent takes in all layers: keys, values and pooled keys of one world."""
-        one = self.layers[0]
-        B, H, _, S, D = one.keys.shape
-        stored = 2 * H * S * D * one.keys.element_size()
-        return len(self.layers) * (stored + H * self.layout.M * D * one.pooled.element_size())
+        _, H, _, _, D = self.layers[0].keys.shape
+        return bytes_per_latent(len(self.layers), H, D, self.layout, self.dtype)
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all arenas, spare room included."""
-        arenas = (t for one in self.layers for t in (one.keys, one.values, one.pooled))
-        return sum(t.numel() * t.element_size() for t in arenas)
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of stored keys and values."""
+        return self.layers[0].keys.dtype
+
+    def reserve(self, latents: int) -> None:
+        """Room for so many latents in all layers.
+
+        Raises:
+            UserError: beyond the limit, and where the device has no room.
+        """
+        for layer in self.layers:
+            if layer.room < latents:
+                layer.grow(latents, self.layout.M)
 
     def commit(
         self,
@@ -173,26 +158,31 @@ class Bank:
         self.anchor = anchor.double().cpu()
         _, new = camera_matrices(self.position, self.relative(self.world_to_camera), lens)
         carry = (new @ old)[:, None, :, None]  # (B, 1, T, 1, 4, 4)
-        M, camera = self.layout.M, self.position.camera
+        M = self.layout.M
         for layer in self.layers:
-            for stored in (layer.keys, layer.values):
-                part = stored[:, :, : layer.length, :, :camera]
-                part.copy_(transform_quads(part, carry))
-            part = layer.pooled[:, :, : layer.length * M, :camera]
-            part.copy_(transform_quads(part, carry[:, :, :, 0].repeat_interleave(M, dim=2)))
-            if self.position.surface:
-                self._carry_surfaces(layer, shift)
+            for first in range(0, layer.length, _PIECE):
+                past = slice(first, min(first + _PIECE, layer.length))
+                read = layer.read(past, torch.float32)
+                for part in read:
+                    self._carry(part, carry[:, :, past], shift)
+                layer.rewrite(past, *read)
+            pooled = layer.pooled[:, :, : layer.length * M]
+            self._carry(pooled, carry[:, :, :, 0].repeat_interleave(M, dim=2), shift)
 
-    def _carry_surfaces(self, layer: LayerBank, shift: Float[Tensor, "B 3"]) -> None:
-        """R_srf of the points as they lie behind an anchor that moved by `shift`."""
-        turn = surface_shift(self.position, shift)
-        first = self.position.camera + self.position.space
-        group = slice(first, first + self.position.surface)
-        for stored in (layer.keys, layer.values):
-            part = stored[:, :, : layer.length, :, group]
-            part.copy_(rotate_pairs(part, turn))
-        part = layer.pooled[:, :, : layer.length * self.layout.M, group]
-        part.copy_(rotate_pairs(part, Rotation(*(x[:, :, 0] for x in turn))))
+    def _carry(
+        self, part: Tensor, carry: Float[Tensor, "B 1 ... 4 4"], shift: Float[Tensor, "B 3"]
+    ) -> None:
+        """Keys, values or pooled keys as they read behind an anchor that moved by `shift`."""
+        camera, space, surface = (
+            getattr(self.position, name) for name in ("camera", "space", "surface")
+        )
+        part[..., :camera] = transform_quads(part[..., :camera], carry)
+        if surface:
+            turn = surface_shift(self.position, shift)
+            if part.dim() == 4:  # pooled keys have no tokens
+                turn = Rotation(*(x[:, :, 0] for x in turn))
+            group = slice(camera + space, camera + space + surface)
+            part[..., group] = rotate_pairs(part[..., group], turn)
 
     def swap_history(self, order: Int[Tensor, "B"], keep_last: int) -> None:
         """Gives each world another's history (`order`), except the last `keep_last` latents.
@@ -202,11 +192,8 @@ class Bank:
         """
         swapped = self.length - keep_last
         for layer in self.layers:
-            for stored, per_latent in (
-                (layer.keys, 1),
-                (layer.values, 1),
-                (layer.pooled, self.layout.M),
-            ):
+            for name, stored in layer.arenas():
+                per_latent = self.layout.M if name == "pooled" else 1
                 part = stored[:, :, : swapped * per_latent]
                 part.copy_(part[order.to(part.device)])
 
@@ -215,8 +202,7 @@ class Bank:
         twin = object.__new__(Bank)
         twin.__dict__.update(self.__dict__)
         twin.anchor = self.anchor.clone()
-        twin.layers = [
-            LayerBank(one.keys.clone(), one.values.clone(), one.pooled.clone(), one.length)
-            for one in self.layers
-        ]
+        scratch = Scratch()
+        twin.layers = [one.fork(scratch) for one in self.layers]
+        twin.engine = None
         return twin

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from decmem.memory.bank import LayerBank
 from decmem.memory.coding import Coded, decode, encode
+from decmem.memory.kept_lists import KeptLists
 from decmem.memory.layout import TokenLayout
 from decmem.memory.lens import Lens
 from decmem.memory.plan import Plan, Reach
@@ -39,11 +40,13 @@ class Recall:
         global_memory: False switches the global branch off (a control).
         retrieved: k for this pass; None takes the trained one.
         lens: watches what is read; None costs nothing.
+        kept: lists kept from pass to pass; None retrieves anew.
     """
 
     global_memory: bool = True
     retrieved: int | None = None
     lens: Lens | None = None
+    kept: KeptLists | None = None
 
 
 @dataclass
@@ -102,7 +105,8 @@ class Memory(nn.Module):
         if reading.bank is None:
             return coded.k, coded.v
         reading.bank.stage(coded.k, coded.v, self.layout)
-        return reading.bank.keys, reading.bank.values
+        pool = reading.plan.history + coded.k.shape[2]
+        return reading.bank.pool(pool, coded.k.dtype)
 
     def read(
         self, reading: Reading, coded: Coded, k: Tensor, v: Tensor
@@ -110,18 +114,21 @@ class Memory(nn.Module):
         """Attention of coded queries over the coded pool (B, H, pool, S, D), decoded."""
         raise NotImplementedError
 
-    def window(self, reading: Reading, coded: Coded, k: Tensor) -> tuple[Tensor, Tensor, slice]:
-        """Queries and keys as the local branch sees them, and the pool latents it reaches."""
-        plan = reading.plan
+    def window(
+        self, reading: Reading, coded: Coded, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as the local branch sees them, of the latents it reaches."""
+        plan, desk = reading.plan, None if reading.bank is None else reading.bank.desk
         seen = slice(plan.window_first, plan.window_first + plan.windows.table.shape[1])
+        v = v[:, :, seen] if desk is None else desk.values
         if coded.local_q is not None and coded.local_k is not None:
-            return coded.local_q, coded.local_k[:, :, seen], seen
-        q, k = coded.q, k[:, :, seen]
+            return coded.local_q, coded.local_k[:, :, seen], v
+        q, k = coded.q, k[:, :, seen] if desk is None else desk.keys
         if not self.position.global_time:
             own = self._window_time(reading, reading.key_time[plan.history :])
             q = encode_time(self.position, q, own)
             k = encode_time(self.position, k, self._window_time(reading, reading.key_time[seen]))
-        return q, k, seen
+        return q, k, v
 
     def _window_time(self, reading: Reading, time: Int[Tensor, "T"]) -> Rotation:
         """Only differences matter: counted from the window's start they stay small."""

@@ -28,8 +28,7 @@ class DecoupledMemory(Memory):
         return nn.functional.linear(reading.features, weight, bias)
 
     def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor:
-        local_q, local_k, seen = self.window(reading, coded, k)
-        o_alm = self.anchored_local(local_q, local_k, v[:, :, seen], reading.plan.windows)
+        o_alm = self.anchored_local(*self.window(reading, coded, k, v), reading.plan.windows)
         if not reading.recall.global_memory:
             return self.decode(reading, o_alm)
         candidates = reading.plan.block_candidates(self.layout.M, k.device)
@@ -37,7 +36,12 @@ class DecoupledMemory(Memory):
             pooled = self.sparse_global.pool(k[:, :, : candidates.shape[1] // self.layout.M])
         else:
             pooled = reading.bank.pooled[:, :, : candidates.shape[1]]
-        lists = self.sparse_global.retrieve(coded.q, pooled, candidates, reading.recall.retrieved)
+
+        def retrieve() -> Tensor:
+            count = reading.recall.retrieved
+            return self.sparse_global.retrieve(coded.q, pooled, candidates, count)
+
+        lists = retrieve() if reading.recall.kept is None else reading.recall.kept(retrieve)
         o_sgm = self.sparse_global(coded.q, k, v, lists)
         gate = self.gate_logits(reading)
         if reading.recall.lens is not None:

@@ -102,10 +102,28 @@ class TokenLayout:
         """(row, column) of each slot on the token grid."""
         return torch.stack((self.slots // self.grid[1], self.slots % self.grid[1]), dim=-1)
 
+    @cached_property
+    def _copies(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
+
+    def _placed(self, name: str, table: Tensor, device: torch.device) -> Tensor:
+        """A table on a device: copied there once, since a copy from the host stops CUDA graphs."""
+        if table.device == device:
+            return table
+        if torch.compiler.is_compiling():
+            return table.to(device)
+        if (name, device) not in self._copies:
+            self._copies[name, device] = table.to(device)
+        return self._copies[name, device]
+
+    def valid_on(self, device: torch.device) -> Bool[Tensor, "M P"] | None:
+        """`valid` on a device."""
+        return None if self.valid is None else self._placed("valid", self.valid, device)
+
     def arrange(self, x: Float[Tensor, "*batch tokens C"]) -> Float[Tensor, "*batch S C"]:
         """Raster order to block order."""
-        return x.index_select(-2, self.slots.to(x.device))
+        return x.index_select(-2, self._placed("slots", self.slots, x.device))
 
     def restore(self, x: Float[Tensor, "*batch S C"]) -> Float[Tensor, "*batch tokens C"]:
         """Block order to raster order; padding is dropped."""
-        return x.index_select(-2, self.raster.to(x.device))
+        return x.index_select(-2, self._placed("raster", self.raster, x.device))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decmem.errors import UserError
@@ -48,6 +48,8 @@ class Plan:
         history: latents of the pool that lie before the pass's own (0 in training).
         predicted: first query latent whose velocity is wanted; as many as there are queries
             where none is.
+        reachable, room: latents of an arena with so much room that may be retrieved, where the
+            device alone knows how many; None goes by `candidates`.
     """
 
     windows: WindowTable
@@ -55,6 +57,8 @@ class Plan:
     candidates: Bool[Tensor, "Tq Tc"]
     history: int = 0
     predicted: int = 0
+    reachable: Int[Tensor, "1"] | None = None
+    room: int = 0
     _forms: dict = field(default_factory=dict, compare=False, repr=False)
 
     def prepare(self, blocks: int, q: Float[Tensor, "B H T S D"]) -> None:
@@ -63,6 +67,11 @@ class Plan:
         Args:
             blocks: of a latent. q: of the shape, type and device of the layers' queries.
         """
+        if self.reachable is not None:
+            # Once a pass, by the device's count as it is by then.
+            slots = torch.arange(self.room * blocks, device=q.device)
+            seen = (slots < self.reachable * blocks).expand(len(self.candidates) * blocks, -1)
+            self._forms[blocks, q.device] = seen
         self.block_candidates(blocks, q.device)
         self.windows.prepare(q)
 
@@ -166,3 +175,19 @@ def joint_plan(reach: Reach, history: int, clean: int, write: int, chunk: int) -
             reach, history + start, history + end, pool
         )
     return _plan(local, candidates, history, clean)
+
+
+def window_before(reach: Reach, chunk: int) -> int | None:
+    """Latents of history that the window of a chunk reaches, once there are as many; None: all."""
+    if reach.window is None:
+        return None
+    return max(0, reach.window - chunk) if reach.window_includes_chunk else reach.window
+
+
+def desk_plan(reach: Reach, chunk: int, room: int, reachable: Int[Tensor, "1"]) -> Plan:
+    """A chunk at a desk (`decmem.memory.arena`): the same tables for every length of the history
+    from the window's on, with the latents that may be retrieved counted by the device."""
+    near = window_before(reach, chunk)
+    assert near is not None
+    plan = bank_plan(reach, near, chunk, chunk)
+    return Plan(plan.windows, 0, plan.candidates, near, 0, reachable, room)

@@ -94,7 +94,8 @@ class SurfaceDepth(nn.Module):
         """Mean of log depth (metres along the camera's axis) and log of its spread, fp32."""
         weight = self.readout.weight.to(features.dtype)
         estimate = nn.functional.linear(features, weight).float() + self.readout.bias
-        return estimate + estimate.new_tensor((_FIRST_DEPTH, 0.0))
+        log_depth, log_spread = estimate.unbind(-1)
+        return torch.stack((log_depth + _FIRST_DEPTH, log_spread), -1)
 
 
 def depth_loss(

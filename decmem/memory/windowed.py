@@ -22,5 +22,5 @@ class WindowMemory(Memory):
         self.local = AnchoredLocalMemory(layout)
 
     def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor:
-        q, k, seen = self.window(reading, coded, k)
-        return self.decode(reading, self.local(q, k, v[:, :, seen], reading.plan.windows))
+        near = self.window(reading, coded, k, v)
+        return self.decode(reading, self.local(*near, reading.plan.windows))

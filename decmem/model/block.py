@@ -54,7 +54,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T S width"]) -> Float[Tensor, "B T S width"]:
         q, k, v = self._heads(self.qkv(x))
-        mask = None if self.layout.valid is None else self.layout.valid.flatten().to(x.device)
+        valid = self.layout.valid_on(x.device)
+        mask = None if valid is None else valid.flatten()
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
         return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, x.shape[:2]))
 
@@ -172,6 +173,13 @@ class Block(nn.Module):
         )
         self.ffn_norm = ScaledNorm(width, time_width)
         self.ffn = FeedForward(width, ffn_multiple)
+
+    def projections(self) -> list[nn.Linear]:
+        """The linear maps of activations, whose weights follow their dtype."""
+        far, near, ffn = self.spatiotemporal, self.spatial, self.ffn
+        found: list[nn.Linear] = [near.qkv, near.out, far.qkv, far.out, ffn.up, ffn.down]
+        gate = getattr(far.memory, "gate", None)
+        return found if gate is None else [*found, gate]
 
     def forward(
         self,

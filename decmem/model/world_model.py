@@ -18,6 +18,7 @@ from decmem.memory import (
     Recall,
     TokenLayout,
 )
+from decmem.memory.bank import bytes_per_latent
 from decmem.memory.coding import heads_first
 from decmem.memory.position import Position, make_position
 from decmem.model.block import Block
@@ -148,13 +149,28 @@ class WorldModel(nn.Module):
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
 
+    def hold_weights(self, dtype: torch.dtype) -> None:
+        """Keeps the weights that activations of `dtype` meet in `dtype`, for inference: rounded
+        once instead of in every pass, with the same outcome. What meets fp32 stays fp32."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in block.projections():
+                linear.to(dtype)
+        self.patchify.to(dtype)
+        self.head.to(dtype)
+
     def new_bank(
         self,
         anchor: Float[Tensor, "B 3"],
         dtype: torch.dtype = torch.float32,
         room: int = 64,
+        limit: int | None = None,
     ) -> Bank:
-        """An empty bank for as many worlds as there are anchors, on the model's device."""
+        """An empty bank for as many worlds as there are anchors, on the model's device.
+
+        Raises:
+            UserError: as `Bank`.
+        """
         return Bank(
             self.config.layers,
             self.config.heads,
@@ -165,7 +181,14 @@ class WorldModel(nn.Module):
             dtype,
             self.head.weight.device,
             room,
+            limit,
         )
+
+    def bytes_per_latent(self, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes that a latent of one world takes in a bank of this dtype."""
+        config = self.config
+        heads, head_dim = config.heads, config.position.head_dim
+        return bytes_per_latent(config.layers, heads, head_dim, self.layout, dtype)
 
     def context(
         self,

@@ -12,18 +12,13 @@ def ledger(worlds: Sequence[Session], device: torch.device) -> dict[str, int | N
     """Bytes of all worlds together; called where model work is done, so that nothing moves.
 
     `stated_bytes` is the sum of what the worlds' banks say of themselves (`memory_bytes` of a
-    chunk), `arena_bytes` the size of the storage behind their keys, values and pooled keys, each
+    chunk), `arena_bytes` the size of the storage behind all they store, each
     counted once: they differ only if a bank says something wrong. `written_bytes` is the part
     of it that holds history, `past_bytes` what latents, actions and poses take besides.
     `gpu_bytes` and `gpu_reserved_bytes` are PyTorch's own figures of the device, None on a CPU.
     """
     banks = [world.history.bank for world in worlds if world.history.bank is not None]
-    arenas = (
-        arena
-        for bank in banks
-        for layer in bank.layers
-        for arena in (layer.keys, layer.values, layer.pooled)
-    )
+    arenas = (arena for bank in banks for layer in bank.layers for _, arena in layer.arenas())
     past = (
         tensor
         for world in worlds

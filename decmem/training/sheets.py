@@ -11,6 +11,7 @@ from decmem.codec import Codec
 from decmem.flow import FlowConfig
 from decmem.model import WorldModel
 from decmem.rollout import Session
+from decmem.sampler import Running
 from decmem.storage import atomic_file
 from decmem.world.episode import Episode
 
@@ -44,7 +45,9 @@ def memory_sheet(
     """Truth above dream after `known` frames of memory, for each episode."""
     rows = []
     for i, episode in enumerate(episodes):
-        session = Session(codec, model, flow_config=flow_config, seeds=[i])
+        # A few chunks each: recording graphs would cost more than it saves.
+        running = Running(graphs="off")
+        session = Session(codec, model, flow_config=flow_config, seeds=[i], running=running)
         session.observe(*_parts(episode, known))
         future = (len(episode.frames) - known) // 4 * 4
         later = slice(known, known + future)

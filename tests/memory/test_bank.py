@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decmem.memory import Bank, PositionConfig, TokenLayout
-from decmem.memory import bank as bank_module
+from decmem.memory import arena as arena_module
 from decmem.memory.position import decode_output, encode_key, encode_query, make_position
 from decmem.ops.selection import pool_blocks
 
@@ -36,7 +36,7 @@ def fill(bank: Bank, k: Tensor, v: Tensor, cameras: Tensor) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_module, "_SEGMENT", 4)
+    monkeypatch.setattr(arena_module, "_SEGMENT", 4)
 
 
 def test_staged_chunks_overwrite_each_other_until_committed(walk: Callable[..., Tensor]) -> None:

@@ -211,3 +211,20 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=argument):
         WorldModel(dataclasses.replace(small, **changes))
+
+
+@torch.no_grad()
+def test_weights_held_in_16_bits_give_the_same_velocities(small: ModelConfig, awake, clip) -> None:
+    model, data = awake(small), clip(small, 4)
+    x, t = data.sequence()
+    plan = training_plan(small.reading.reach, 4, 2)
+
+    def velocity() -> Tensor:
+        context = model.context(data.conditions, streams=2)
+        return model(x.bfloat16(), t, context, plan)
+
+    before = velocity()
+    model.hold_weights(torch.bfloat16)
+    assert model.blocks[0].ffn.up.weight.dtype == torch.bfloat16
+    assert model.head_norm.scale.weight.dtype == torch.float32
+    assert torch.equal(velocity(), before)

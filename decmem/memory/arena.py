@@ -1,0 +1,249 @@
+"""One layer's part of the bank: arenas of keys and values, with pooled keys beside.
+
+A pass *stages* its keys and values in the slots behind the history and reads history and itself
+from one pool, without concatenation.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from decmem.errors import UserError
+from decmem.memory.layout import TokenLayout
+from decmem.memory.quantised import FP8, quantise, restore
+from decmem.ops.selection import pool_blocks
+
+_SEGMENT = 64
+
+
+def arena(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for (B, H, ..., D), uninitialised.
+
+    On a CPU all heads of a token lie side by side, as projections leave them: nothing is turned
+    round on its way in, and a block of all heads is gathered in one piece.
+
+    Raises:
+        UserError: where the device has no room for it.
+    """
+    try:
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        B, H, *tokens, D = shape
+        return torch.empty(B, *tokens, H, D, dtype=dtype).movedim(-2, 1)
+    except torch.OutOfMemoryError as error:
+        size = torch.Size(shape).numel() * dtype.itemsize / 2**30
+        raise UserError(
+            "history",
+            f"no room on the device for {size:.1f} GiB of it",
+            "Store it in fewer bits (fp8), or keep a shorter history",
+        ) from error
+
+
+class Scratch:
+    """Room in which stored numbers are read where the format of storage is not arithmetic's; all
+    layers use it in turn."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+
+    def room(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of that shape, with what was last left in it; the same one while it fits."""
+        known = self._rooms.get(name)
+        if known is None or known.shape != like.shape or known.dtype != dtype:
+            known = self._rooms[name] = arena(tuple(like.shape), dtype, like.device)
+        return known
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where one chunk is worked on while its place behind the history is known to the device alone.
+
+    All shapes and addresses stay as they are while the history grows, as CUDA graphs ask for.
+
+    Attributes:
+        slots: arena slots of the chunk's latents. blocks: those of its blocks.
+        keys, values: what the local window reaches, the chunk at work last.
+    """
+
+    slots: Int[Tensor, "T"]
+    blocks: Int[Tensor, "TM"]
+    keys: Float[Tensor, "B H window S D"]
+    values: Float[Tensor, "B H window S D"]
+
+
+@dataclass
+class LayerBank:
+    """One layer's arena. `length` latents are history; scales belong to storage in 8 bits.
+
+    `limit` latents are all it may ever hold, None sets no limit. At a `desk`, staging follows the
+    device's cursor instead of `length`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    pooled: Float[Tensor, "B H blocks D"]
+    length: int = 0
+    key_scale: Float[Tensor, "B H room S 1"] | None = None
+    value_scale: Float[Tensor, "B H room S 1"] | None = None
+    limit: int | None = None
+    desk: Desk | None = None
+    scratch: Scratch = field(default_factory=Scratch, repr=False)
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int, int, int], blocks: int, dtype: torch.dtype,
+        device: torch.device, limit: int | None, scratch: Scratch,
+    ) -> "LayerBank":  # fmt: skip
+        """Room for (B, H, latents, S, D), with `blocks` pooled keys a latent."""
+        B, H, room, _, D = shape
+        scales = [
+            arena((*shape[:-1], 1), torch.bfloat16, device) if dtype == FP8 else None
+            for _ in range(2)
+        ]
+        return cls(
+            arena(shape, dtype, device),
+            arena(shape, dtype, device),
+            arena((B, H, room * blocks, D), torch.float32, device),
+            0,
+            *scales,
+            limit=limit,
+            scratch=scratch,
+        )
+
+    @property
+    def room(self) -> int:
+        return self.keys.shape[2]
+
+    def arenas(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything that is stored, by name."""
+        for name in ("keys", "values", "pooled", "key_scale", "value_scale"):
+            stored = getattr(self, name)
+            if stored is not None:
+                yield name, stored
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arenas, spare room included."""
+        return sum(stored.numel() * stored.element_size() for _, stored in self.arenas())
+
+    def _stored(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return quantise(x) if self.keys.dtype == FP8 else (x.to(self.keys.dtype), None)
+
+    def stage(
+        self, k: Float[Tensor, "B H T S D"], v: Float[Tensor, "B H T S D"], layout: TokenLayout
+    ) -> None:
+        """Puts a chunk behind the history; a later stage overwrites it unless committed."""
+        blocks = k.reshape(*k.shape[:2], -1, layout.P, k.shape[-1])
+        pooled = pool_blocks(blocks, layout.valid_on(k.device))
+        parts = (*self._stored(k), *self._stored(v))
+        if self.desk is not None:
+            self._stage_at_desk(self.desk, parts, pooled, k.dtype)
+            return
+        end = self.length + k.shape[2]
+        if end > self.room:
+            self.grow(end, layout.M)
+        here = slice(self.length, end)
+        for place, part in zip(self._places, parts, strict=True):
+            if place is not None and part is not None:
+                place[:, :, here] = part
+        self.pooled[:, :, self.length * layout.M : end * layout.M] = pooled
+
+    def _stage_at_desk(
+        self, desk: Desk, parts: tuple[Tensor | None, ...], pooled: Tensor, dtype: torch.dtype
+    ) -> None:
+        for place, part in zip(self._places, parts, strict=True):
+            if place is not None and part is not None:
+                _put(place, desk.slots, part)
+        self.pooled.index_copy_(2, desk.blocks, pooled)
+        k, k_scale, v, v_scale = parts
+        assert k is not None
+        assert v is not None
+        T = len(desk.slots)
+        desk.keys[:, :, -T:] = restore(k, k_scale, dtype)
+        desk.values[:, :, -T:] = restore(v, v_scale, dtype)
+
+    @property
+    def _places(self) -> tuple[Tensor | None, ...]:
+        return self.keys, self.key_scale, self.values, self.value_scale
+
+    def read(self, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of these latents, in `dtype`."""
+        return (
+            restore(self.keys[:, :, part], _cut(self.key_scale, part), dtype),
+            restore(self.values[:, :, part], _cut(self.value_scale, part), dtype),
+        )
+
+    def rewrite(self, part: slice, k: Tensor, v: Tensor) -> None:
+        """Stores these latents anew; their pooled keys are the caller's business."""
+        stored = (*self._stored(k), *self._stored(v))
+        for place, new in zip(self._places, stored, strict=True):
+            if place is not None and new is not None:
+                place[:, :, part] = new
+
+    def pool(self, latents: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention reads them, of at least the first `latents` (all the room
+        at a desk). The arenas themselves where they are in `dtype`, else a copy that lasts until
+        the next layer asks."""
+        if self.keys.dtype == dtype:
+            return self.keys, self.values
+        read = slice(0, self.room if self.desk is not None else latents)
+        found = []
+        for name, stored, scale in (
+            ("keys", self.keys, self.key_scale),
+            ("values", self.values, self.value_scale),
+        ):
+            room = self.scratch.room(name, stored, dtype)[:, :, read]
+            if scale is None:
+                room.copy_(stored[:, :, read])
+            else:
+                room.copy_(stored[:, :, read]).mul_(scale[:, :, read])
+            found.append(room)
+        return found[0], found[1]
+
+    def grow(self, latents: int, blocks: int) -> None:
+        """Moves to larger arenas, whole segments of latents.
+
+        Raises:
+            UserError: beyond the limit, and where the device has no room.
+        """
+        room = -(-latents // _SEGMENT) * _SEGMENT
+        if self.limit is not None:
+            if latents > self.limit:
+                raise UserError(
+                    "history",
+                    f"{latents} latents, the bank was made for {self.limit}",
+                    "Rewind, or make the bank for more",
+                )
+            room = min(room, self.limit)
+        for name, old in self.arenas():
+            per_latent = blocks if name == "pooled" else 1
+            shape = (*old.shape[:2], room * per_latent, *old.shape[3:])
+            new = arena(shape, old.dtype, old.device)
+            kept = self.length * per_latent
+            new[:, :, :kept] = old[:, :, :kept]
+            setattr(self, name, new)
+
+    def fork(self, scratch: Scratch) -> "LayerBank":
+        """An independent copy, at no desk."""
+        twin = replace(self, desk=None, scratch=scratch)
+        for name, stored in self.arenas():
+            setattr(twin, name, stored.clone())
+        return twin
+
+
+def _cut(scale: Tensor | None, part: slice) -> Tensor | None:
+    return None if scale is None else scale[:, :, part]
+
+
+def _put(place: Tensor, slots: Tensor, part: Tensor) -> None:
+    """`place[:, :, slots] = part`, eight bytes at a time where rows are whole multiples of them:
+    what copies by index goes number by number, and not in 8 bits at all."""
+    for wide in (torch.int64, torch.int32, torch.int16):
+        if part.shape[-1] * part.element_size() % wide.itemsize == 0:
+            part = part.contiguous().view(wide)
+            place = place.view(wide)
+            break
+    place.index_copy_(2, slots, part)
