@@ -73,7 +73,6 @@ def save_weights(
             mode = temporary.stat().st_mode
             save_file(shard, temporary, metadata=head)
             temporary.chmod(mode)  # safetensors makes files that nobody else may read
-            temporary.chmod(0o644)  # safetensors leaves a file that only its owner may read
         files.append(file)
     # A set of another size that lay here before would be read in place of this one.
     for stale in {path, *_parts(path)} - set(files):

@@ -72,6 +72,7 @@ class Evaluate:
         from decmem.experiment import shipped_weights, weights_sha256
         from decmem.machine import code_commit, describe_machine, usable_cores
         from decmem.rollout import Session
+        from decmem.sampler import Running
         from decmem.world.episode import Episode, render_episode
         from decmem.world.version import WORLD_VERSION
         from decmem.world.walks import WalkKind
@@ -86,8 +87,14 @@ class Evaluate:
         protocol = Protocol(seeds, walks, windows)
 
         def opened(weights: Path | None) -> Session:
+            # Many worlds at once keep a GPU busy without graphs.
             return Session.open(
-                self.preset, weights, self.codec_weights, device=self.device, steps=self.steps
+                self.preset,
+                weights,
+                self.codec_weights,
+                device=self.device,
+                steps=self.steps,
+                running=Running(graphs="off"),
             )
 
         session = opened(self.weights)

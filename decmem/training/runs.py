@@ -177,7 +177,9 @@ def _start(options: RunOptions, stage: str) -> tuple[Experiment, Place, Path]:
 
 
 def _changed(config: Any, options: RunOptions) -> Any:
-    asked = {"batch": options.batch, "walks": options.walks, "steps": options.steps}
+    asked: dict[str, Any] = {"batch": options.batch, "walks": options.walks, "steps": options.steps}
+    if options.init is not None and hasattr(config, "short_until"):
+        asked["short_until"] = 0.0  # short clips teach to retrieve, which given weights can
     return dataclasses.replace(config, **{k: v for k, v in asked.items() if v is not None})
 
 
@@ -234,19 +236,25 @@ def _trainer(
 def _started_from(path: Path | None, network: Network) -> Network:
     """The network with the weights at `path`, or as it is.
 
-    Gates may be missing there: a causal backbone has none.
+    Gates may be missing there, since a causal backbone has none, or be too many for a model that
+    keeps a window alone.
     """
     if path is None:
         return network
     tensors, _ = _given(load_weights, path, "--from")
-    gates = {name: p for name, p in network.state_dict().items() if ".memory.gate." in name}
+    own = {name: p for name, p in network.state_dict().items() if _is_gate(name)}
+    given = {name: p for name, p in tensors.items() if not _is_gate(name) or name in own}
     try:
-        network.load_state_dict(gates | tensors)
+        network.load_state_dict(own | given)
     except RuntimeError as error:
         raise UserError(
             "--from", f"{path} does not fit this preset", "Give weights of this preset"
         ) from error
     return network
+
+
+def _is_gate(name: str) -> bool:
+    return ".memory.gate." in name
 
 
 def _given(load: Callable[[Path], Loaded], path: Path, flag: str) -> Loaded:
