@@ -358,7 +358,6 @@ class Session:
             pass
         return saved.provenance
 
-    @torch.no_grad()
     def restore(self, saved: SavedWorld) -> Iterator[int]:
         """Becomes the saved world by the write passes that made it; yields the latents so far.
 

@@ -48,7 +48,8 @@ class Running:
 
 @dataclass
 class Sampler:
-    """A model with the settings it is sampled with.
+    """A model with the settings it is sampled with. Nothing of it is traced for gradients, whoever
+    calls: with a trace the operations round differently, and one past gives one bank.
 
     Args:
         times: of the Euler solver, from 1 to 0. guidance: strength of action guidance or None.
@@ -99,6 +100,7 @@ class Sampler:
         worlds = [torch.stack([draw(seed, i) for i in index]) for seed in seeds]
         return torch.stack(worlds).to(self.device)
 
+    @torch.no_grad()
     def generate(
         self,
         bank: Bank,
@@ -195,6 +197,7 @@ class Sampler:
         bank.commit(known.cameras, known.lens, known.time)
         return begun
 
+    @torch.no_grad()
     def write(
         self, bank: Bank, latents: Float[Tensor, "B T C h w"], conditions: Conditions
     ) -> None:

@@ -272,6 +272,29 @@ def test_what_was_dreamt_is_written_to_the_bank(session: Callable[..., Session])
         assert torch.equal(a.values[:, :, :7], b.values[:, :, :7])
 
 
+def test_a_trace_for_gradients_is_neither_kept_nor_felt(codec: Autoencoder) -> None:
+    model = new_model().requires_grad_(True)
+    one, other = (Session(codec, model, steps=2) for _ in range(2))
+    made = []
+    for each, traced in ((one, True), (other, False)):
+        each.observe(*known())
+        bank, past = each.bank, each.conditions
+        assert bank is not None
+        assert past is not None
+        noise = each.sampler.noise(each.seeds, [5, 6])
+        with torch.set_grad_enabled(traced):
+            made.append(each.sampler.generate(bank, past[3:], noise))
+            each.sampler.write(bank, made[-1], past[3:])
+    assert not made[0].requires_grad
+    assert torch.equal(made[0], made[1])
+    assert one.bank is not None
+    assert other.bank is not None
+    for a, b in zip(one.bank.layers, other.bank.layers, strict=True):
+        assert not a.keys.requires_grad
+        assert torch.equal(a.keys[:, :, :7], b.keys[:, :, :7])
+        assert torch.equal(a.values[:, :, :7], b.values[:, :, :7])
+
+
 def test_the_last_lens_goes_on(session: Callable[..., Session]) -> None:
     one, data = session(), known()
     zoom = np.linspace(1.0, 1.5, 17)[:, None, None] * [[1, 1, 0], [1, 1, 0], [0, 0, 0]]

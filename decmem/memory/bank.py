@@ -145,6 +145,7 @@ class Bank:
         moved[..., :3, 3:] += offset
         return moved.float().to(self.layers[0].keys.device)
 
+    @torch.no_grad()
     def rebase(self, anchor: Float[Tensor, "B 3"]) -> None:
         """Moves the anchor: every stored camera group is carried over to the new frame.
 

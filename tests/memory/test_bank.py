@@ -187,6 +187,19 @@ def test_rebasing_equals_writing_in_the_new_frame(walk: Callable[..., Tensor]) -
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+def test_rebasing_gives_the_same_with_gradients_on_and_off(walk: Callable[..., Tensor]) -> None:
+    position = PositionConfig(camera=12, space=4, time=4)
+    one, cameras = new_bank(position=position), walk(6)
+    fill(one, tokens(6, 0), tokens(6, 1), cameras)
+    other = one.fork()
+    for bank, traced in ((one, True), (other, False)):
+        with torch.set_grad_enabled(traced):
+            bank.rebase(torch.full((2, 3), 1.5))
+    for name in ("keys", "values", "pooled"):
+        got, want = (getattr(bank.layers[0], name)[:, :, :6] for bank in (one, other))
+        assert torch.equal(got, want)
+
+
 def test_relative_cameras_lie_where_the_anchor_says(walk: Callable[..., Tensor]) -> None:
     bank = new_bank()
     bank.anchor = torch.tensor([[5.0, 6.0, 7.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
