@@ -1,8 +1,11 @@
 """Whole training runs: parts built, task set up, trained, and the weights exported."""
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -275,7 +278,22 @@ def _origin(options: RunOptions, trainer: Trainer, place: Place) -> dict[str, An
         "processes": place.world,
         "device": gpu,
         "torch": torch.__version__,
-        "init": None if options.init is None else options.init.name,
+        "init": None if options.init is None else _ancestry(options.init),
+    }
+
+
+def _ancestry(path: Path) -> dict[str, Any]:
+    """Where given weights come from: the chief figures of their card, if it lies beside them."""
+    card = path.with_name(re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) + ".json")
+    told: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # none, or none that can be read
+        told = json.loads(card.read_text(encoding="utf-8"))
+    kept = ("stage", "world_version", "seed", "steps", "seconds", "processes", "device", "init")
+    return {
+        "weights": path.name,
+        "sha256": weights_sha256(path),
+        **{name: told[name] for name in kept if name in told},
+        **{name: told["training"][name] for name in ("walks", "batch") if "training" in told},
     }
 
 

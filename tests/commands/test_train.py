@@ -145,9 +145,27 @@ def test_causal_run(causal: Path, codec: Path) -> None:
         assert sheet.size == (8 * WIDTH, 6 * HEIGHT)
 
 
+def test_a_window_model_starts_from_weights_with_a_gate(
+    memory: Path, codec: Path, tmp_path: Path
+) -> None:
+    train(
+        "memory", "--codec", str(codec), "--memory", "window", "--steps", "1",
+        "--rate", "1e-12", "--from", str(memory), "--out", str(tmp_path / "window"),
+    )  # fmt: skip
+    after, _ = load_weights(tmp_path / "window" / "tiny.safetensors")
+    before, _ = load_weights(memory)
+    assert before.keys() - after.keys() == {n for n in before if ".gate." in n}
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], atol=2e-2, rtol=2e-2)
+
+
 def test_memory_starts_from_the_causal_backbone(memory: Path, causal: Path, codec: Path) -> None:
     card = card_of(memory)
-    assert (card["stage"], card["init"], card["seed"]) == ("decoupled", "tiny.safetensors", 3)
+    assert (card["stage"], card["seed"]) == ("decoupled", 3)
+    before = card["init"]
+    assert (before["weights"], before["stage"], before["steps"]) == ("tiny.safetensors", "dense", 2)
+    assert before["sha256"] == weights_sha256(causal)
+    assert card["training"]["short_until"] == 0.0  # given weights can retrieve
     assert card["model"] == to_plain(TINY.model)
     before, _ = load_weights(causal)
     after, _ = load_weights(memory)
