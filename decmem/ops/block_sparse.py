@@ -53,6 +53,7 @@ def choose_backend(backend: Backend, q: Tensor) -> Backend:
         UserError: on an unknown backend, or one asked for where it cannot run.
     """
     if backend == "auto":
+        # `hopper` runs on request only, until it was measured and checked on such a GPU.
         return "triton" if q.is_cuda and triton_available() else "gather"
     if backend not in get_args(Backend):
         known = ", ".join(get_args(Backend))
@@ -71,11 +72,6 @@ def choose_backend(backend: Backend, q: Tensor) -> Backend:
     return backend
 
 
-def _kernels(backend: Backend, chosen: Backend) -> str:
-    """Which kernels the chosen backend may use: "auto" settles it by the inputs' shapes."""
-    return "auto" if backend == "auto" else chosen
-
-
 def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
     k: Float[Tensor, "#B H Nk Pk D"],
@@ -88,7 +84,7 @@ def block_sparse_attention(
     """Attention of each query block over its own list of key blocks (figure 4).
 
     Differentiable in q, k and v; where worlds share keys, the gradients of these add up. `scale`
-    defaults to D^-1/2. `backend="auto"` takes the kernels on a GPU where Triton is installed, and
+    defaults to D^-1/2. `backend="auto"` takes `triton` on a GPU where Triton is installed, and
     gather + SDPA elsewhere. A query block with an empty list reads zeros.
 
     Raises:
@@ -101,9 +97,7 @@ def block_sparse_attention(
         return _PLAIN[chosen](q, k, v, lists, valid=valid, scale=scale)
     from decmem.ops import sparse_kernels
 
-    return sparse_kernels.block_sparse_attention(
-        q, k, v, lists, valid, scale, _kernels(backend, chosen)
-    )
+    return sparse_kernels.block_sparse_attention(q, k, v, lists, valid, scale, chosen)
 
 
 def decoupled_attention(
@@ -140,5 +134,5 @@ def decoupled_attention(
     from decmem.ops import sparse_kernels
 
     return sparse_kernels.decoupled_attention(
-        o_alm, gate, q, k, v, lists, valid, scale, _kernels(backend, chosen)
-    )
+        o_alm, gate, q, k, v, lists, valid, scale, chosen
+    )  # fmt: skip
