@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from decmem.bench.operator_problem import Attention
 from decmem.bench.operator_shapes import OperatorInputs
+from decmem.bench.peers import PEERS, present_peers
 from decmem.ops import block_sparse_attention
 from decmem.ops.block_sparse import Backend
 
@@ -29,7 +30,7 @@ _BACKENDS: dict[str, Backend] = {
     "flex": "flex",
 }  # fmt: skip
 
-UNPROVEN = ("hopper",)
+UNPROVEN = ("hopper", *PEERS)
 """Ways that are first tried in a process of their own, for they may hang or take it along."""
 
 LATE = ("flex",)
@@ -38,7 +39,7 @@ LATE = ("flex",)
 
 def known_ways() -> tuple[str, ...]:
     """All names, whether they run here or not."""
-    return get_args(OperatorWay)
+    return *get_args(OperatorWay), *PEERS
 
 
 def is_dense(way: str) -> bool:
@@ -46,17 +47,20 @@ def is_dense(way: str) -> bool:
     return way in _DENSE
 
 
-def usual_ways(device: torch.device) -> tuple[OperatorWay, ...]:
+def usual_ways(device: torch.device) -> tuple[str, ...]:
     """What is worth comparing there."""
     if device.type != "cuda":
         return "gather", "reference", "dense_flash"
-    return "triton", "gather", "dense_cudnn", "dense_flash", "dense_efficient", "hopper", "flex"
+    ours = ("triton", "gather", "dense_cudnn", "dense_flash", "dense_efficient", "hopper", "flex")
+    return *ours, *present_peers()
 
 
 def prepared(way: str, x: OperatorInputs) -> Attention:
     """Attention this way, as a function of q, k and v alone."""
     if is_dense(way):
         return _dense(_DENSE[way])
+    if way in PEERS:
+        return PEERS[way].prepare(x)
     backend = _BACKENDS[way]
     return lambda q, k, v: block_sparse_attention(q, k, v, x.lists, x.valid, backend=backend)
 

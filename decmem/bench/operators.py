@@ -144,7 +144,7 @@ class OperatorBench:
             return found | {"failure": "wrong: more than twice the error of PyTorch"}
         ms = self._backward_ms(attention, problem) if back else self._forward_ms(attention, leaves)
         flop = problem.flop * (_BACKWARD_WORK if back else 1)
-        return found | {"ms": round(ms, 4), "tflops": round(flop / ms / 1e9, 3)}
+        return found | {"ms": round(ms, 4), "tflops": float(f"{flop / ms / 1e9:.4g}")}
 
     def _forward_ms(self, attention: Attention, leaves: Results) -> float:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from decmem.bench.operator_problem import dense_problem, judged, sparse_problem
 from decmem.bench.operator_shapes import SHAPES
 from decmem.bench.operator_trial import SILENT, refusals
 from decmem.bench.operators import OperatorBench
-from decmem.bench.peers import PEERS, Peer, absent_peers, obstacle
+from decmem.bench.peers import PEERS, absent_peers, in_tiles, obstacle, present_peers, readers
 from decmem.cli import main
 from decmem.commands.bench_ops import short_name, table_line
 from decmem.ops import reference
@@ -38,6 +38,9 @@ def test_every_way_is_right_and_has_a_speed(dtype: torch.dtype) -> None:
         assert row["ms"] > 0
         assert 0 < row["error_of_pytorch"] < 10 * torch.finfo(dtype).eps
     assert [row["op"] for row in rows[::2]] == ["sgm", "sgm", "dense"]
+    flop = SMALL.flop(SMALL.inputs(4, CPU, dtype))
+    work = [row["tflops"] * row["ms"] * 1e9 for row in rows]
+    assert work[:2] == pytest.approx([flop, 2.5 * flop], rel=1e-2)
 
 
 def test_truth_is_the_definition() -> None:
@@ -132,10 +135,30 @@ def test_a_trial_tells_who_may_run_here() -> None:
 
 
 def test_peers_that_are_missing_are_listed_with_the_reason() -> None:
-    assert obstacle(Peer("here", "json", "json", "")) is None
-    reason = obstacle(Peer("missing", "no_such_module", "none", ""))
-    assert reason == "ModuleNotFoundError: No module named 'no_such_module'"
-    assert {found["peer"] for found in absent_peers()} <= {peer.package for peer in PEERS}
+    assert obstacle("json") is None
+    assert obstacle("no_such_module") == "ModuleNotFoundError: No module named 'no_such_module'"
+    absent = {found["peer"]: found["reason"] for found in absent_peers()}
+    assert "processor" in absent.pop("flashinfer-python")
+    for name, peer in PEERS.items():
+        assert (peer.package in absent) == (name not in present_peers())
+
+
+def test_tiles_and_readers_are_those_of_the_lists() -> None:
+    lists = torch.tensor([[[[0, 2], [1, 2]]]], dtype=torch.int32)
+    tiles = in_tiles(lists, 2, 3)
+    first, second = [0, 1, 2, 6, 7, 8], [3, 4, 5, 6, 7, 8]
+    assert tiles[0, 0].tolist() == [first, first, second, second]
+    count, which = readers(lists, 4)
+    assert count[0, 0].tolist() == [1, 1, 2, 0]
+    assert [which[0, 0, j, :n].tolist() for j, n in enumerate(count[0, 0])] == [
+        [0], [1], [0, 1], []
+    ]  # fmt: skip
+
+
+def test_a_peer_that_is_not_there_is_a_row() -> None:
+    for row in bench("vsa").rows():
+        assert row["failure"]
+        assert row["ms"] is None
 
 
 @pytest.mark.parametrize(
@@ -157,7 +180,7 @@ def test_command_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert written["theme"] == "ops"
     assert [row["pass"] for row in written["rows"]] == ["forward", "backward"]
     assert all(row["ms"] > 0 for row in written["rows"])
-    assert {entry["peer"] for entry in written["absent"]} <= {peer.package for peer in PEERS}
+    assert written["absent"] == absent_peers()
     assert "| small | 4 | forward | gather |" in capsys.readouterr().out
 
 
