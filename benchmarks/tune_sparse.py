@@ -57,13 +57,13 @@ class Shape(NamedTuple):
 
 CUDA = torch.device("cuda")
 PAPER = (154, 143, 143)
-WRONG = 0.02
-"""Part of the largest value by which a right result in bf16 does not stray."""
+WRONG = 0.02  # of the largest value: right results in bf16 do not stray so far
 
 SHAPES = {
     "paper": Shape(1, 24, 24, 24, 1236, 160, 72, 80, PAPER),
     "pair": Shape(2, 24, 24, 24, 1236, 160, 72, 80, PAPER),
     "wide": Shape(2, 24, 24, 24, 1236, 192, 96, 80),
+    "peer": Shape(2, 24, 24, 24, 1236, 128, 128, 92),
     "train": Shape(1, 24, 24, 720, 360, 160, 72, 80, PAPER, causal=True),
     "pocket": Shape(6, 6, 1, 1512, 504, 16, 64, 16, causal=True),
 }
@@ -83,12 +83,10 @@ class Choice(NamedTuple):
 
 
 def choices() -> list[Choice]:
-    """In the order of what matters most."""
     found = [
         Choice("forward", "pair", HopperTiles(64, 16, 1, 6, 3)),
         Choice("forward", "pair", HopperTiles(128, 32, 2, 3, 3)),
-        Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3)),
-        Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), 2),
+        *(Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), split) for split in (1, 2, 3)),
         Choice("forward", "wide", HopperTiles(64, 0, 1, 6, 3)),
         Choice("queries", "train", HopperTiles(32, 0, 1, 8, 3)),
         Choice("keys", "train", HopperTiles(32, 0, 1, 8, 3)),
@@ -97,7 +95,7 @@ def choices() -> list[Choice]:
         Choice("forward", "pair", ForwardTiles(64, *rest))
         for rest in (
             (3, 64, 16, 4, 3), (3, 64, 16, 4, 2), (3, 32, 0, 4, 3), (3, 64, 0, 4, 2),
-            (1, 64, 16, 4, 3), (1, 128, 32, 4, 2),
+            (1, 64, 16, 4, 3), (1, 64, 16, 4, 2), (2, 64, 16, 4, 3), (1, 128, 32, 4, 2),
         )
     ]  # fmt: skip
     found += [
@@ -105,30 +103,35 @@ def choices() -> list[Choice]:
         for rest in ((3, 64, 0, 4, 2), (3, 64, 0, 4, 3), (3, 32, 0, 4, 3), (1, 64, 0, 4, 3))
     ]
     found += [
+        Choice("forward", "peer", tiles)
+        for tiles in (
+            HopperTiles(64, 0, 1, 3, 2), ForwardTiles(64, 2, 64, 0, 4, 3),
+            ForwardTiles(64, 1, 64, 0, 4, 3), ForwardTiles(128, 1, 64, 0, 8, 3),
+            ForwardTiles(128, 1, 128, 0, 8, 2),
+        )
+    ]  # fmt: skip
+    found += [
         Choice("forward", "pocket", ForwardTiles(16, 1, keys, 0, warps, stages))
         for keys, warps, stages in (
             (64, 1, 3), (64, 1, 2), (32, 1, 4), (128, 1, 2), (64, 2, 3), (128, 2, 2), (128, 4, 2)
         )
     ]  # fmt: skip
     found += [
-        Choice("queries", "train", QueryTiles(64, *rest))
-        for rest in ((3, 32, 4, 2), (3, 64, 4, 2), (1, 32, 4, 3), (1, 64, 4, 2))
+        Choice("queries", "train", QueryTiles(*tiles))
+        for tiles in ((64, 3, 32, 4, 2), (64, 1, 32, 4, 3), (64, 1, 64, 4, 2), (128, 1, 64, 8, 2))
     ]
     found += [
         Choice("keys", "train", KeyTiles(*tiles))
         for tiles in ((32, 64, 4, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2))
     ]
     found += [
-        Choice("queries", "pocket", QueryTiles(16, 1, *rest))
-        for rest in ((64, 1, 2), (32, 1, 3), (64, 2, 2), (128, 4, 2))
+        Choice("queries", "train", QueryTiles(128, 1, *rest)) for rest in ((32, 8, 2), (64, 8, 2))
     ]
-    found += [
-        Choice("keys", "pocket", KeyTiles(rows, 16, warps, stages))
-        for rows, warps, stages in ((64, 1, 2), (32, 1, 3), (64, 2, 2), (128, 4, 2))
-    ]
+    for rest in ((64, 1, 2), (32, 1, 3), (64, 2, 2), (128, 4, 2)):
+        found.append(Choice("queries", "pocket", QueryTiles(16, 1, *rest)))
+        found.append(Choice("keys", "pocket", KeyTiles(rest[0], 16, *rest[1:])))
     found += [
         Choice("forward", "pair", HopperTiles(64, 16, 1, 4, 3)),
-        Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), 3),
         Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 2), 2),
         Choice("queries", "train", HopperTiles(32, 0, 1, 5, 3)),
         Choice("keys", "train", HopperTiles(32, 0, 1, 5, 3)),
@@ -237,9 +240,9 @@ def time_one(choice: Choice, kept: dict) -> str:
 
 def answer(task: str, numbers: list[int]) -> None:
     """A worker: tells what became of the choices, a line for each, as far as it gets."""
-    listed, kept = choices(), {}
+    kept: dict = {}
     for number in numbers:
-        choice = listed[number]
+        choice = choices()[number]
         try:
             said = check_one(choice) if task == "check" else time_one(choice, kept)
             torch.cuda.synchronize()
@@ -331,14 +334,13 @@ def shares(numbers: list[int], workers: int) -> list[list[int]]:
 
 def best(timed: list[tuple[float, float, Choice]]) -> Iterator[str]:
     """The fastest of each kernel and shape, of either family."""
-    yield "best"
+    yield "\nbest"
     seen: set[tuple] = set()
     for ms, rate, choice in sorted(timed, key=lambda row: (row[2].what, row[2].shape, row[0])):
         family = (choice.what, choice.shape, type(choice.tiles))
         if family not in seen:
             seen.add(family)
-            split = f", split={choice.split}" if choice.split > 1 else ""
-            yield f"{ms:8.3f} ms {rate:6.0f} TFLOP/s  {choice.name:60} {choice.tiles!r}{split}"
+            yield f"{ms:8.3f} ms {rate:6.0f} TFLOP/s  {choice.name:60} {choice.tiles!r}"
 
 
 def main() -> None:
@@ -346,7 +348,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=75)
     parser.add_argument("--workers", type=int, default=max(2, min(14, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--only", default="", help="choices whose name holds this text")
-    parser.add_argument("--out", type=Path, help="write the same as text")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--task", choices=["check", "time"], help=argparse.SUPPRESS)
     parser.add_argument("--numbers", default="", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -370,30 +372,28 @@ def main() -> None:
     for number, verdict in supervised("check", shares(numbers, asked.workers), halfway, 40):
         verdicts[number] = verdict
         say(f"{time.monotonic() - begun:5.0f} s  {listed[number].name}: {verdict}")
-    for number in numbers:
-        if number not in verdicts:
-            say(f"no word in time: {listed[number].name}")
+    silent = [listed[number].name for number in numbers if number not in verdicts]
+    say(f"no word in time: {'; '.join(silent) or 'of none'}")
 
     order = list(SHAPES)
     good = [n for n in numbers if verdicts.get(n, "").startswith("ok")]
     good.sort(key=lambda n: order.index(listed[n].shape))
     say(f"\nto time: {len(good)}, after {time.monotonic() - begun:.0f} s")
-    timed: list[tuple[float, float, Choice]] = []
+    timed = []
     for number, verdict in supervised("time", [good], begun + asked.seconds, 20):
         choice = listed[number]
-        word, *figures = verdict.split(" ", 3)
-        if word != "ok":
+        if not verdict.startswith("ok"):
             say(f"not timed: {choice.name}: {verdict}")
             continue
+        _, *figures = verdict.split(" ", 3)
         ms, rate = float(figures[0]), float(figures[1])
         timed.append((ms, rate, choice))
         say(f"{ms:8.3f} ms {rate:6.0f} TFLOP/s  {choice.name} {' '.join(figures[2:])}")
-    say("")
     for line in best(timed):
         say(line)
     say(f"{len(good) - len(timed)} not timed, {time.monotonic() - begun:.0f} s in all")
     if asked.out:
-        asked.out.write_text("\n".join(lines) + "\n")
+        asked.out.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
