@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from decmem.ops.reference import slots_of
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Results = tuple[Tensor, ...]
+Plain = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attention of N groups of queries to their own L keys, some slots of which may be hidden."""
 
 _ROWS = 256
 """Query tokens of the dense problem whose truth is computed."""
@@ -21,14 +24,14 @@ class Problem(NamedTuple):
     """Leaves q, k, v, the gradient of the output, and the work of the forward pass.
 
     `part` takes output, dq, dk and dv, or the output alone, and leaves what `truth` speaks of: the
-    first head of the first world. `truth` computes these four in a given dtype.
+    first head of the first world. `truth` computes these four in a given dtype, in a plain way.
     """
 
     leaves: tuple[Tensor, Tensor, Tensor]
     grad: Tensor
     flop: int
     part: Callable[[Sequence[Tensor]], Results]
-    truth: Callable[[torch.dtype], Results]
+    truth: Callable[[torch.dtype, Plain], Results]
 
 
 def written_out(
@@ -44,6 +47,17 @@ def written_out(
     return scores.softmax(-1) @ v
 
 
+def fused(
+    q: Float[Tensor, "N P D"],
+    k: Float[Tensor, "N L D"],
+    v: Float[Tensor, "N L D"],
+    slots: Bool[Tensor, "N 1 L"] | None,
+) -> Float[Tensor, "N P D"]:
+    """The same by PyTorch's attention."""
+    mask = None if slots is None else slots[:, None]
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], mask)[:, 0]
+
+
 def _leaves(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.detach().requires_grad_() for x in tensors)
     return q, k, v
@@ -55,12 +69,12 @@ def sparse_problem(x: OperatorInputs, shape: OperatorShape) -> Problem:
     valid = slots_of(x.valid, shape.slots)
     slots = None if valid is None else valid[lists % len(valid)].flatten(1)[:, None]
 
-    def truth(dtype: torch.dtype) -> Results:
+    def truth(dtype: torch.dtype, attention: Plain = written_out) -> Results:
         wide = torch.promote_types(dtype, torch.float32)
         leaves = _leaves([t[0, 0].to(wide) for t in x[:3]])
         # Gradients of a block that many read are added up in the wider type.
         keys, values = (t[lists].flatten(1, 2).to(dtype) for t in leaves[1:])
-        out = written_out(leaves[0].to(dtype), keys, values, slots)
+        out = attention(leaves[0].to(dtype), keys, values, slots)
         return out.detach(), *torch.autograd.grad(out, leaves, x.grad[0, 0].to(dtype))
 
     def part(results: Sequence[Tensor]) -> Results:
@@ -80,9 +94,9 @@ def dense_problem(x: OperatorInputs, shape: OperatorShape) -> Problem:
     # The first head's keys then owe their gradients to the first rows alone.
     grad[0, 0, _ROWS:] = 0
 
-    def truth(dtype: torch.dtype) -> Results:
+    def truth(dtype: torch.dtype, attention: Plain = written_out) -> Results:
         leaves = _leaves([t[:1, 0].to(dtype) for t in (q[:, :, :_ROWS], k, v)])
-        out = written_out(*leaves, None)
+        out = attention(*leaves, None)
         gradients = torch.autograd.grad(out, leaves, grad[:1, 0, :_ROWS].to(dtype))
         return tuple(t[0] for t in (out.detach(), *gradients))
 
@@ -102,17 +116,20 @@ class Verdict(NamedTuple):
     good: bool
 
 
-def judged(results: Results, usual: Results, truth: Results) -> Verdict:
+def judged(results: Results, usual: Sequence[Results], truth: Results) -> Verdict:
     """At most twice the error of PyTorch in the same dtype, plus the rounding of the result.
 
-    Of several tensors the one that comes nearest to its limit speaks.
+    `usual` is what PyTorch makes of it, in one way or several; the worst counts. Of several tensors
+    the one that comes nearest to its limit speaks.
     """
     worst, verdict = -1.0, Verdict(0.0, 0.0, True)
-    for got, other, true in zip(results, usual, truth, strict=True):
+    for got, true, *others in zip(results, truth, *usual, strict=True):
         largest = float(true.abs().max())
-        error = float((got.to(true.dtype) - true).abs().max()) / largest
+        error, *theirs = (
+            float((x.to(true.dtype) - true).abs().max()) / largest for x in (got, *others)
+        )
         error = error if error == error else float("inf")
-        usually = float((other.to(true.dtype) - true).abs().max()) / largest
+        usually = max(theirs)
         limit = 2 * usually + torch.finfo(got.dtype).eps
         if error / limit > worst:
             worst, verdict = error / limit, Verdict(error, usually, error <= limit)

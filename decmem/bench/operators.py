@@ -13,8 +13,10 @@ from decmem.bench.operator_problem import (
     Problem,
     Results,
     dense_problem,
+    fused,
     judged,
     sparse_problem,
+    written_out,
 )
 from decmem.bench.operator_shapes import OperatorInputs, OperatorShape
 from decmem.bench.operator_ways import LATE, UNPROVEN, is_dense, prepared
@@ -53,8 +55,8 @@ class OperatorBench:
         done = 0
         total = len(self.shapes) * len(self.histories) * len(self.ways) * len(self.passes)
         for stage in self._stages():
-            for shape in self.shapes:
-                for history in self.histories:
+            for history in self.histories:
+                for shape in self.shapes:
                     for row in self._side_by_side(stage, shape, history):
                         yield row
                         done += 1
@@ -73,6 +75,9 @@ class OperatorBench:
         """The rows of some ways, on the same inputs."""
         x: OperatorInputs | None = None
         known: dict[bool, _Known] = {}
+        if any(way in LATE for way in ways):
+            # After a few shapes PyTorch's compiler gives up on new ones.
+            torch.compiler.reset()
         for way in ways:
             for which in self.passes:
                 row = self._head(way, which, shape, history)
@@ -134,7 +139,7 @@ class OperatorBench:
             with torch.no_grad():
                 got = problem.part([attention(*leaves)])
         part = slice(1, None) if back else slice(0, 1)
-        verdict = judged(got, known.usual[part], known.truth[part])
+        verdict = judged(got, [usual[part] for usual in known.usual], known.truth[part])
         del got
         found: dict[str, Any] = {
             "error": float(f"{verdict.error:.3e}"),
@@ -147,8 +152,17 @@ class OperatorBench:
         return found | {"ms": round(ms, 4), "tflops": float(f"{flop / ms / 1e9:.4g}")}
 
     def _forward_ms(self, attention: Attention, leaves: Results) -> float:
-        with torch.no_grad():
-            return kernel_ms(lambda: attention(*leaves), self.device, repeats=self.repeats)
+        def work() -> None:
+            with torch.no_grad():
+                attention(*leaves)
+
+        try:
+            return kernel_ms(work, self.device, repeats=self.repeats)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # Some work cannot be captured in a graph.
+            return kernel_ms(work, self.device, repeats=self.repeats, graph=False)
 
     def _backward_ms(self, attention: Attention, problem: Problem) -> float:
         out = attention(*problem.leaves)
@@ -166,7 +180,7 @@ class _Known:
 
     problem: Problem
     truth: Results
-    usual: Results
+    usual: tuple[Results, Results]
 
     @classmethod
     def of(
@@ -176,7 +190,8 @@ class _Known:
         shape: OperatorShape,
     ) -> "_Known":
         problem = make(x, shape)
-        return cls(problem, problem.truth(torch.float64), problem.truth(x.q.dtype))
+        usual = [problem.truth(x.q.dtype, plain) for plain in (written_out, fused)]
+        return cls(problem, problem.truth(torch.float64, written_out), (usual[0], usual[1]))
 
 
 def _tidy(device: torch.device) -> None:

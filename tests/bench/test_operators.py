@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from decmem.bench import operator_ways, operators
-from decmem.bench.operator_problem import dense_problem, judged, sparse_problem
+from decmem.bench.operator_problem import dense_problem, fused, judged, sparse_problem, written_out
 from decmem.bench.operator_shapes import SHAPES
 from decmem.bench.operator_trial import SILENT, refusals
 from decmem.bench.operators import OperatorBench
@@ -48,9 +48,11 @@ def test_truth_is_the_definition() -> None:
     problem = sparse_problem(x, SMALL)
     out = reference.block_sparse_attention(*problem.leaves, x.lists, x.valid)
     gradients = torch.autograd.grad(out, problem.leaves, x.grad)
-    got = problem.truth(torch.float64)
+    got = problem.truth(torch.float64, written_out)
     for one, other in zip(got, problem.part([out, *gradients]), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)  # it computes in fp32
+    for one, other in zip(got, problem.truth(torch.float64, fused), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_work_counts_tokens_that_exist() -> None:
@@ -113,6 +115,21 @@ def test_who_fails_says_so_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows[4]["failure"].startswith("UserError: backend")
 
 
+def test_work_that_no_graph_can_hold_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def clock(work: object, device: torch.device, repeats: int, graph: bool = True) -> float:
+        asked.append(graph)
+        if graph:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return 2.0
+
+    monkeypatch.setattr(operators, "kernel_ms", clock)
+    rows = list(bench("gather").rows())
+    assert [row["ms"] for row in rows] == [2.0, 2.0]
+    assert asked == [True, False, False]
+
+
 def test_rows_are_refused_and_end_in_time() -> None:
     why = {("gather", "small", "backward"): "hung"}
     rows = list(bench("gather", refused=why).rows())
@@ -122,8 +139,18 @@ def test_rows_are_refused_and_end_in_time() -> None:
 
 def test_not_a_number_is_an_error() -> None:
     one = (torch.ones(3),)
-    assert judged(one, one, one).good
-    assert not judged((torch.tensor([1.0, 1.0, float("nan")]),), one, one).good
+    assert judged(one, [one], one).good
+    assert not judged((torch.tensor([1.0, 1.0, float("nan")]),), [one], one).good
+
+
+def test_twice_the_worst_of_pytorchs_errors_is_allowed() -> None:
+    true = (torch.ones(3),)
+    usual = [true, (torch.tensor([1.0, 1.0, 1.01]),)]
+    good, bad = ((torch.tensor([1.0, 1.0, x]),) for x in (1.019, 1.021))
+    assert judged(good, usual, true).good
+    verdict = judged(bad, usual, true)
+    assert not verdict.good
+    assert (verdict.error, verdict.of_pytorch) == pytest.approx((0.021, 0.01), rel=1e-3)
 
 
 def test_a_trial_tells_who_may_run_here() -> None:
