@@ -11,8 +11,8 @@ only the tile where they end is masked), or any slots. It repeats with its first
 row per kind of block is enough. Slots without a token may hold any finite number. Blocks listed
 nowhere are never touched.
 
-Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots;
-goes back by `triton`), `triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's
+Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots; only
+on request), `triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's
 compiler, again for every length of the history), `gather` (everywhere; copies what is listed) and
 `reference` (everywhere; the definition, dense and fp32).
 """
