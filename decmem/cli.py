@@ -11,6 +11,7 @@ from tyro.extras import SubcommandApp
 from decmem import __version__
 from decmem.commands import Command
 from decmem.commands.bench import BenchRollout
+from decmem.commands.bench_ops import BenchOps
 from decmem.commands.demo import Demo
 from decmem.commands.eval import Evaluate
 from decmem.commands.play import Play
@@ -23,6 +24,7 @@ from decmem.storage import place_error
 
 # Every command, by the words that call it, in the order `decmem --help` shows them.
 COMMANDS: dict[str, Callable[..., Command]] = {
+    "bench ops": BenchOps,
     "bench rollout": BenchRollout,
     "demo": Demo,
     "eval": Evaluate,

@@ -11,8 +11,8 @@ only the tile where they end is masked), or any slots. It repeats with its first
 row per kind of block is enough. Slots without a token may hold any finite number. Blocks listed
 nowhere are never touched.
 
-Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots;
-goes back by `triton`), `triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's
+Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots; only
+on request), `triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's
 compiler, again for every length of the history), `gather` (everywhere; copies what is listed) and
 `reference` (everywhere; the definition, dense and fp32).
 """
@@ -53,6 +53,7 @@ def choose_backend(backend: Backend, q: Tensor) -> Backend:
         UserError: on an unknown backend, or one asked for where it cannot run.
     """
     if backend == "auto":
+        # `hopper` runs on request only, until it was measured and checked on such a GPU.
         return "triton" if q.is_cuda and triton_available() else "gather"
     if backend not in get_args(Backend):
         known = ", ".join(get_args(Backend))
@@ -71,11 +72,6 @@ def choose_backend(backend: Backend, q: Tensor) -> Backend:
     return backend
 
 
-def _kernels(backend: Backend, chosen: Backend) -> str:
-    """Which kernels the chosen backend may use: "auto" settles it by the inputs' shapes."""
-    return "auto" if backend == "auto" else chosen
-
-
 def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
     k: Float[Tensor, "#B H Nk Pk D"],
@@ -88,7 +84,7 @@ def block_sparse_attention(
     """Attention of each query block over its own list of key blocks (figure 4).
 
     Differentiable in q, k and v; where worlds share keys, the gradients of these add up. `scale`
-    defaults to D^-1/2. `backend="auto"` takes the kernels on a GPU where Triton is installed, and
+    defaults to D^-1/2. `backend="auto"` takes `triton` on a GPU where Triton is installed, and
     gather + SDPA elsewhere. A query block with an empty list reads zeros.
 
     Raises:
@@ -101,9 +97,7 @@ def block_sparse_attention(
         return _PLAIN[chosen](q, k, v, lists, valid=valid, scale=scale)
     from decmem.ops import sparse_kernels
 
-    return sparse_kernels.block_sparse_attention(
-        q, k, v, lists, valid, scale, _kernels(backend, chosen)
-    )
+    return sparse_kernels.block_sparse_attention(q, k, v, lists, valid, scale, chosen)
 
 
 def decoupled_attention(
@@ -140,5 +134,5 @@ def decoupled_attention(
     from decmem.ops import sparse_kernels
 
     return sparse_kernels.decoupled_attention(
-        o_alm, gate, q, k, v, lists, valid, scale, _kernels(backend, chosen)
-    )
+        o_alm, gate, q, k, v, lists, valid, scale, chosen
+    )  # fmt: skip

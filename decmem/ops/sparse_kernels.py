@@ -29,16 +29,16 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     kernels: str, o_alm: Tensor | None = None, gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    obstacle = "" if kernels == "triton" else hopper_obstacle(q, k, valid)
-    if obstacle is None and sparse_hopper_kernels is not None:
-        return sparse_hopper_kernels.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
     if kernels == "hopper":
-        raise UserError("backend", f"'hopper' {obstacle}", "Use backend='triton'")
+        obstacle = hopper_obstacle(q, k, valid)
+        if obstacle is not None or sparse_hopper_kernels is None:
+            raise UserError("backend", f"'hopper' {obstacle}", "Use backend='triton'")
+        return sparse_hopper_kernels.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
     return sparse_forward_kernels.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
 
 
-# `kernels` is "triton", "hopper", or "auto" for the best that take the inputs. It is settled inside
-# the operator, where compiled code does not have to follow.
+# `kernels` is "triton" or "hopper". What it means is settled inside the operator, where compiled
+# code does not have to follow.
 @torch.library.custom_op("decmem::block_sparse_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float, kernels: str
@@ -58,9 +58,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     delta = sparse_backward_kernels.run_delta(out, grad)
     back = sparse_backward_kernels
-    if kernels != "triton" and hopper_obstacle(q, k, valid) is None:
-        hopper = sparse_hopper_backward_kernels
-        back = hopper if hopper is not None and hopper.suits(q, k) else back
+    hopper = sparse_hopper_backward_kernels
+    if kernels == "hopper" and hopper is not None and hopper.suits(q, k):
+        back = hopper
     dq = back.run_query_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     dk, dv = back.run_key_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     return dq, dk, dv
@@ -116,7 +116,7 @@ def block_sparse_attention(
     lists: Tensor,
     valid: Tensor | None = None,
     scale: float | None = None,
-    kernels: str = "auto",
+    kernels: str = "triton",
 ) -> Tensor:
     """Contract of `decmem.ops.block_sparse`."""
     q, lists, valid, scale = _settled(q, lists, valid, scale)
@@ -132,7 +132,7 @@ def decoupled_attention(
     lists: Tensor,
     valid: Tensor | None = None,
     scale: float | None = None,
-    kernels: str = "auto",
+    kernels: str = "triton",
 ) -> Tensor:
     """o_alm + gate o_sgm in one kernel, without gradients."""
     q, lists, valid, scale = _settled(q, lists, valid, scale)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from decmem.bench import clock
 from decmem.bench import rollout as rollout_module
 from decmem.bench.history import random_bank, wandering
 from decmem.bench.lists import RandomLists, WatchedLists
@@ -46,15 +45,6 @@ def test_the_way_through_it_is_rigid_and_slow(model: WorldModel) -> None:
     assert centres.diff(dim=0).norm(dim=-1).max() < 0.5
     later = wandering(model, 4, 4)
     torch.testing.assert_close(way.world_to_camera[:, 1:], later.world_to_camera)
-
-
-def test_the_clock_takes_the_median_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 0.1, 1.0, 1.3, 2.0, 2.2])
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))
-    calls = []
-    ms = clock.median_ms(lambda: calls.append(1), torch.device("cpu"), warmup=2, repeats=3)
-    assert ms == pytest.approx(200)
-    assert len(calls) == 5
 
 
 def test_command_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,16 @@ What only hardware shows (layouts, fences) is tested with the other backends, on
 """
 
 import importlib.util
+import inspect
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from decmem.ops import reference, sparse_tiles
+from decmem.ops import block_sparse, reference, sparse_tiles
 from decmem.ops.sparse_tiles import (
     HopperTiles,
     columns,
@@ -153,3 +155,40 @@ def test_gluon_is_where_it_is_looked_for() -> None:
     from decmem.ops import sparse_kernels
 
     assert sparse_kernels.sparse_hopper_kernels is not None
+
+
+def test_nobody_gets_the_hopper_kernels_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    from decmem.ops import sparse_kernels
+
+    asked, ran = [], []
+
+    def record(*arguments: object) -> Tensor:
+        asked.append(arguments[-1])
+        return torch.zeros(())
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("hopper kernels were run")
+
+    hopper = sparse_kernels.sparse_hopper_kernels
+    assert hopper is not None
+    monkeypatch.setattr(hopper, "obstacle", lambda q, k, valid: None)
+    monkeypatch.setattr(hopper, "run_forward", fail)
+    monkeypatch.setattr(
+        sparse_kernels.sparse_forward_kernels, "run_forward", lambda *x: ran.append(x) or x[:2]
+    )
+    q, k, v, lists = inputs(1, 1, 1, 2, 64, 4, 64, 64, 3, 1)
+    sparse_kernels._run_forward(q, k, v, lists, None, 0.1, "triton")
+    assert len(ran) == 1
+    with pytest.raises(AssertionError, match="were run"):
+        sparse_kernels._run_forward(q, k, v, lists, None, 0.1, "hopper")
+
+    for name in ("block_sparse_attention", "decoupled_attention"):
+        monkeypatch.setattr(sparse_kernels, name, record)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 1, n, 64, 64, device="cuda") for n in (2, 4, 4))
+        lists = torch.empty(1, 1, 2, 3, dtype=torch.int32, device="cuda")
+        inspect.unwrap(block_sparse.block_sparse_attention)(q, k, v, lists)
+        inspect.unwrap(block_sparse.decoupled_attention)(q, q, q, k, v, lists)
+    assert asked == ["triton", "triton"]
