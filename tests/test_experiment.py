@@ -29,7 +29,7 @@ every_preset = pytest.mark.parametrize("experiment", PRESETS.values(), ids=PRESE
 # Parameters of model and codec.
 PARAMETERS = {
     "tiny": (185_680, 100_200),
-    "pocket": (21_632_320, 5_382_416),
+    "pocket": (21_638_480, 5_382_416),
     "paper": (1_043_271_360, 5_333_760),
 }
 

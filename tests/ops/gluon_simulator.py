@@ -322,6 +322,9 @@ def simulated(*paths: Path) -> list[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         for name, contents in stand_ins.items():
             patch.setitem(sys.modules, name, _module(name, contents))
+        # Where the real one was imported before, its parent leads there.
+        parent = importlib.import_module("triton.experimental")
+        patch.setattr(parent, "gluon", sys.modules[gluon], raising=False)
         for path in paths:
             spec = importlib.util.spec_from_file_location(f"simulated_{path.stem}", path)
             assert spec is not None
