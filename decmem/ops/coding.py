@@ -6,7 +6,6 @@ patches and times are given, not learned.
 """
 
 import importlib.util
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +42,8 @@ class Places(NamedTuple):
 
 
 def kernels_serve(x: Tensor) -> bool:
-    """Whether the kernels run where this tensor lies."""
-    return _TRITON_INSTALLED and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    """Whether the kernels run where this tensor lies; interpreted ones are for tests alone."""
+    return _TRITON_INSTALLED and x.is_cuda
 
 
 def _grid(x: Tensor, groups: list[int]) -> tuple[int, int, dict[str, Any]]:
