@@ -28,7 +28,7 @@ test-library: $(VENV)/.installed-dev ## all tests, array shapes checked at run t
 	$(PYTEST) -n $(WORKERS) --durations=15 -m "not interpreter"
 
 test-interpreter: $(VENV)/.installed-dev ## the Triton kernels, interpreted on the CPU
-	TRITON_INTERPRET=1 $(PYTEST) -m interpreter --durations=5
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m interpreter --durations=5
 
 test-compiled: $(VENV)/.installed-dev ## torch.compile, which the run-time shape checks would break
 	TRITON_INTERPRET=1 $(PYTEST) --no-shape-checks tests/compiled --durations=5

@@ -1,0 +1,60 @@
+"""Coding of heads as PyTorch operators: schema, fake kernels, autograd. Numbers: tests/memory."""
+
+import pytest
+import torch
+
+from decmem.ops import coding  # registers them
+from decmem.ops.rotary import Rotation, rotation
+
+pytestmark = pytest.mark.interpreter
+GROUPS = [4, 4, 6, 2]
+RAW = ("test_schema", "test_faketensor")
+
+
+def turn(*shape: int) -> Rotation:
+    return rotation(torch.randn(shape))
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local", "once"])
+@pytest.mark.parametrize("latents_first", [True, False], ids=["latents-first", "heads-first"])
+def test_encoding_passes_opcheck(local: bool, latents_first: bool) -> None:
+    B, T, S, H = 1, 2, 3, 2
+    given = (
+        torch.randn(B, T, S, 3 * H * 16, requires_grad=True),
+        torch.rand(2, H, requires_grad=True),
+        *(torch.randn(B, T, 4, 4) for _ in range(2)),
+        *turn(S, 2), *(x.requires_grad_() for x in turn(B, T, S, 3)), *turn(T, 1),
+    )  # fmt: skip
+    options = (GROUPS, local, True, latents_first)
+    torch.library.opcheck(torch.ops.decmem.encode_heads, (*given, *options))
+    bare = [x.detach() for x in given]
+    out = torch.ops.decmem.encode_heads(*bare, *options)
+    torch.library.opcheck(
+        torch.ops.decmem.encode_heads_backward, (*bare, *out, *options), test_utils=RAW
+    )
+
+
+@pytest.mark.parametrize("gates", [2, 32], ids=["per-head", "per-channel"])
+def test_decoding_passes_opcheck(gates: int) -> None:
+    B, T, S, H = 1, 2, 3, 2
+    given = (
+        *(torch.randn(B, H, T, S, 16, requires_grad=True) for _ in range(2)),
+        torch.randn(B, T, S, gates, requires_grad=True),
+        torch.randn(B, T, 4, 4),
+        *turn(S, 2), *(x.requires_grad_() for x in turn(B, T, S, 3)),
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.decmem.decode_heads, (*given, GROUPS))
+    bare = [x.detach() for x in given]
+    grad = torch.randn(B, T, S, H * 16)
+    torch.library.opcheck(
+        torch.ops.decmem.decode_heads_backward, (*bare, grad, GROUPS), test_utils=RAW
+    )
+
+
+def test_nothing_but_the_projections_is_needed() -> None:
+    qkv = torch.randn(1, 1, 3, 48)
+    q, k, v, *_ = coding.encode_heads(
+        qkv, None, coding.Groups(0, 16, 0, 0), coding.Places(space=rotation(torch.zeros(3, 8)))
+    )
+    for got, want in zip((q, k, v), qkv.chunk(3, -1), strict=True):
+        torch.testing.assert_close(got[:, 0], want)
