@@ -12,6 +12,7 @@ from decmem import __version__
 from decmem.commands import Command
 from decmem.commands.bench import BenchRollout
 from decmem.commands.bench_ops import BenchOps
+from decmem.commands.bench_train import BenchTrain
 from decmem.commands.demo import Demo
 from decmem.commands.eval import Evaluate
 from decmem.commands.play import Play
@@ -26,6 +27,7 @@ from decmem.storage import place_error
 COMMANDS: dict[str, Callable[..., Command]] = {
     "bench ops": BenchOps,
     "bench rollout": BenchRollout,
+    "bench train": BenchTrain,
     "demo": Demo,
     "eval": Evaluate,
     "play": Play,

@@ -74,7 +74,8 @@ class MemoryTraining:
         depth_weight: weight of the true depth's likelihood under what the surface group assumes;
             0 leaves the depth to be found by its use, as on data without depth.
         average: decay of the weight average.
-        compile: compile the blocks (GPU).
+        compile: compile the blocks (GPU). recompute: keep no block's activations for the way back,
+            a third more arithmetic for a fraction of the memory.
     """
 
     steps: int = 8_000
@@ -94,6 +95,7 @@ class MemoryTraining:
     depth_weight: float = 0.0
     average: float = 0.999
     compile: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,13 @@ PAPER = Experiment(
     flow=FlowConfig(shift=1.0),
     sampler=SamplerConfig(steps=20, guidance=7.5),
     memory_training=MemoryTraining(
-        steps=25_000, batch=64, latents=60, noisy_streams=1, history_noised=0.0, compile=True
+        steps=25_000,
+        batch=64,
+        latents=60,
+        noisy_streams=1,
+        history_noised=0.0,
+        compile=True,
+        recompute=True,
     ),
 )
 

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from decmem.errors import UserError
 from decmem.memory import (
@@ -110,11 +111,16 @@ class Context:
 
 
 class WorldModel(nn.Module):
-    """Latent diffusion transformer with memory (section 3, appendix A.2)."""
+    """Latent diffusion transformer with memory (section 3, appendix A.2).
+
+    With `recompute` set, gradients are found block by block: what a block computed on its way is
+    computed again, and only what passes between blocks is kept.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.layout = config.layout
         # Computed now: Dynamo cannot enter a cached property on Python 3.11.
         _ = self.layout.valid
@@ -260,7 +266,11 @@ class WorldModel(nn.Module):
         writes = bank is not None and plan.predicted == latents.shape[1]
         for i, block in enumerate(self.blocks[:-1] if writes else self.blocks):
             layer = None if bank is None else bank.layers[i]
-            x, seen = block(x, time, context.position, plan, context.key_time, layer, recall)
+            given = x, time, context.position, plan, context.key_time, layer, recall
+            if self.recompute and bank is None and torch.is_grad_enabled():
+                x, seen = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, seen = block(*given)
             if depths is not None and seen is not None:
                 depths.append(seen)
         if bank is not None and writes:

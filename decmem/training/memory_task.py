@@ -103,6 +103,7 @@ class MemoryTask(Task):
         self.seed, self.rank = seed, rank
         self.device = cache.latents.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        model.recompute = config.recompute
         if config.compile and self.device.type == "cuda":
             model.compile_blocks()
 

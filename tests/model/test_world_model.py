@@ -159,6 +159,31 @@ def test_every_input_and_parameter_matters(small: ModelConfig, awake, clip) -> N
     assert idle == []
 
 
+def test_recomputing_blocks_changes_no_gradient(
+    small: ModelConfig, awake, clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = awake(small), clip(small, 4)
+    x, t = data.sequence()
+    grads, calls = [], []
+    forward = Block.forward
+
+    def counted(self: Block, *args: object) -> object:
+        calls.append(self)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    for recompute in (False, True):
+        model.recompute = recompute
+        calls.clear()
+        plan = training_plan(small.reading.reach, 4, 2)
+        context = model.context(data.conditions, streams=2)
+        loss = model(x, t, context, plan).square().sum()
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+        assert len(calls) == small.layers * (1 + recompute)
+    for kept, again in zip(*grads, strict=True):
+        assert torch.equal(kept, again)
+
+
 def test_a_fresh_model_is_silent_and_its_gates_half_open(small: ModelConfig, clip) -> None:
     model = WorldModel(small)
     initialise(model)
