@@ -120,6 +120,10 @@ class TokenLayout:
         """`valid` on a device."""
         return None if self.valid is None else self._placed("valid", self.valid, device)
 
+    def coordinates_on(self, device: torch.device) -> Int[Tensor, "S 2"]:
+        """`coordinates` on a device."""
+        return self._placed("coordinates", self.coordinates, device)
+
     def arrange(self, x: Float[Tensor, "*batch tokens C"]) -> Float[Tensor, "*batch S C"]:
         """Raster order to block order."""
         return x.index_select(-2, self._placed("slots", self.slots, x.device))

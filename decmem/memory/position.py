@@ -92,9 +92,8 @@ def camera_matrices(
 ) -> tuple[Float[Tensor, "*shape 4 4"], Float[Tensor, "*shape 4 4"]]:
     """R_cam's 4x4 matrices and their inverses; cameras are given relative to the anchor."""
     drawn = draw_in(world_to_camera.float(), config.reach)
-    weight = drawn.new_ones(4)
-    weight[3] = config.metre
-    scaled = torch.cat((drawn[..., :3, :] * weight, drawn[..., 3:, :]), dim=-2)
+    rigid = torch.cat((drawn[..., :3, :3], drawn[..., :3, 3:] * config.metre), dim=-1)
+    scaled = torch.cat((rigid, drawn[..., 3:, :]), dim=-2)
     return projective_matrices(scaled, lens)
 
 

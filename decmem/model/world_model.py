@@ -217,7 +217,7 @@ class WorldModel(nn.Module):
             anchor = bank.anchor
             key_time = torch.cat((bank.time.to(conditions.time.device), conditions.time))
         cameras = relative_to(conditions.cameras, anchor.to(conditions.cameras.device))
-        coordinates = self.layout.coordinates.to(conditions.actions.device)
+        coordinates = self.layout.coordinates_on(conditions.actions.device)
         position = make_position(
             self.config.position,
             cameras.float().repeat(1, streams, 1, 1),

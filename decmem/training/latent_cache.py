@@ -91,14 +91,12 @@ class LatentCache:
         self, walk: Int[Tensor, "B"], start: Int[Tensor, "B"], length: int
     ) -> tuple[Float[Tensor, "B T C h w"], Conditions]:
         """Clips of `length` latents of these walks, from these latents on."""
-        device = self.latents.device
-        index = (start[:, None] + torch.arange(length)).to(device)
-        walk = walk[:, None].to(device)
+        walk, index = self._placed(walk, start, length)
         conditions = Conditions(
             self.actions[walk, index],
             self.world_to_camera[walk, index],
             self.lens.expand(len(walk), length, -1),
-            torch.arange(length, device=device),
+            torch.arange(length, device=index.device),
         )
         return self.latents[walk, index].float(), conditions
 
@@ -108,5 +106,16 @@ class LatentCache:
         """Mean and variance of the log depths of the same clips' tokens, where they were probed."""
         if self.depths is None:
             return None
-        index = (start[:, None] + torch.arange(length)).to(self.depths.device)
-        return self.depths[walk[:, None].to(index.device), index].float()
+        walk, index = self._placed(walk, start, length)
+        return self.depths[walk, index].float()
+
+    def _placed(
+        self, walk: Int[Tensor, "B"], start: Int[Tensor, "B"], length: int
+    ) -> tuple[Int[Tensor, "B 1"], Int[Tensor, "B T"]]:
+        """Where clips lie, on the device; a GPU at work is not waited for."""
+        device = self.latents.device
+        both = torch.stack((walk, start))[..., None]
+        if device.type == "cuda":
+            both = both.pin_memory().to(device, non_blocking=True)
+        walk, start = both.to(device).unbind()
+        return walk, start + torch.arange(length, device=device)
