@@ -70,6 +70,8 @@ class MemoryTraining:
         muon_lr, adam_lr, warmup: rates of layer matrices (Muon) and of all else (AdamW).
         decay_from: part of the training after which rates fall linearly to zero.
         history_noise: largest noise on the clean stream; history_noised: share of clips with it.
+        history_dreamt: share of steps, once clips are whole, whose clean stream is the model's own
+            painting from some chunk on.
         drop_actions: share of clips whose actions are dropped, for guidance.
         depth_weight: weight of the true depth's likelihood under what the surface group assumes;
             0 leaves the depth to be found by its use, as on data without depth.
@@ -91,6 +93,7 @@ class MemoryTraining:
     decay_from: float = 0.4
     history_noise: float = 0.3
     history_noised: float = 0.7
+    history_dreamt: float = 0.0
     drop_actions: float = 0.1
     depth_weight: float = 0.0
     average: float = 0.999

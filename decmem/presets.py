@@ -54,7 +54,7 @@ POCKET = Experiment(
         ),
         chunk_sizes=(1, 2, 4),
     ),
-    memory_training=MemoryTraining(depth_weight=0.05, compile=True),
+    memory_training=MemoryTraining(history_dreamt=0.25, depth_weight=0.05, compile=True),
 )
 
 PAPER = Experiment(

@@ -11,6 +11,7 @@ from decmem.experiment import MemoryTraining
 from decmem.memory import training_plan
 from decmem.memory.surface import depth_loss
 from decmem.model import Conditions, WorldModel
+from decmem.training.dreamt_history import dreamt_history
 from decmem.training.latent_cache import LatentCache
 from decmem.training.seeds import device_generator, host_generator
 from decmem.training.trainer import Task
@@ -35,9 +36,11 @@ def flow_matching_loss(
     draw: torch.Generator,
     dtype: torch.dtype,
     depths: Float[Tensor, "B T tokens 2"] | None = None,
+    past: Float[Tensor, "B T C h w"] | None = None,
 ) -> Losses:
     """Squared error of the velocity (eq. 1) per clip, noisy stream and chunk, fp32.
 
+    `past` is what chunks are shown of the clip instead of `clean`, such as `dreamt_history`.
     With `depths` (mean and variance of each patch's log depth) also what the layers' surface
     groups assumed of them, clean and noisy tokens alike.
 
@@ -57,7 +60,8 @@ def flow_matching_loss(
 
     disturbed = uniform(B, 1) < training.history_noised
     level = uniform(B, chunks) * training.history_noise * disturbed
-    history = flow.interpolate(clean, normal(*clean.shape), level.repeat_interleave(chunk, 1))
+    past = clean if past is None else past
+    history = flow.interpolate(past, normal(*clean.shape), level.repeat_interleave(chunk, 1))
 
     t = flow.training_times(config, (B, streams * chunks), draw, device)
     t = t.repeat_interleave(chunk, 1)  # (B, streams T)
@@ -124,6 +128,11 @@ class MemoryTask(Task):
         depths = None
         if config.depth_weight:
             depths = self.cache.patch_depths(walk, start, length)
+        dreams = not short and bool(torch.rand((), generator=draw) < config.history_dreamt)
+        noise = device_generator(self.seed, self.rank, step, self.device)
+        past = None
+        if dreams:
+            past = dreamt_history(self.network, clean, conditions, chunk, noise, self.dtype)
         losses = flow_matching_loss(
             self.network,
             self.flow_config,
@@ -131,9 +140,10 @@ class MemoryTask(Task):
             clean,
             conditions,
             chunk,
-            device_generator(self.seed, self.rank, step, self.device),
+            noise,
             self.dtype,
             depths,
+            past,
         )
         loss = losses.velocity
         with torch.no_grad():
