@@ -1,7 +1,7 @@
 """The sampler: denoises a chunk behind a bank, and writes clean chunks into it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -26,9 +26,10 @@ class Running:
     Args:
         retrieve_until: denoising steps that retrieve; the lists of the last of them serve all
             later steps. None retrieves in every step.
-        share_lists: guidance's second branch reads the lists of the first.
+        share_lists: guidance's branch without actions reads the lists of the other.
         bank_dtype: of stored keys and values, None for that of the activations.
-        room, limit: latents the bank has room for at first, and at most (None: no limit).
+        room, limit: latents the bank has room for at first, and at most (None: no limit); beside
+            them a chunk passes through once more under guidance.
         graphs: "auto" records the denoising step as CUDA graphs on a GPU; "eager" runs the same
             code without recording, anywhere; "off" does neither.
     """
@@ -70,7 +71,9 @@ class Sampler:
             UserError: as `Bank`.
         """
         run = self.running
-        return self.model.new_bank(anchor, run.bank_dtype or self.dtype, run.room, run.limit)
+        room = run.room if run.limit is None else min(run.room, run.limit)
+        room += 0 if self.guidance is None else self.model.config.chunk
+        return self.model.new_bank(anchor, run.bank_dtype or self.dtype, room, run.limit)
 
     @property
     def device(self) -> torch.device:
@@ -117,36 +120,38 @@ class Sampler:
         self._keep_near(bank, conditions)
         B, T = noise.shape[:2]
         begun = None if owed is None else self._write_and_begin(bank, owed, conditions, noise)
-        contexts = self._contexts(bank, conditions, B)
-        plan = bank_plan(self.model.config.reading.reach, bank.length, T, T)
+        context = self._context(bank, conditions, T)
         branches = self._branches()
-        engine = self._engine(bank, contexts, noise)
+        reach = self.model.config.reading.reach
+        plan = joint_plan(reach, bank.length, 0, self.write_chunk, T, branches.count)
+        engine = self._engine(bank, context, noise)
         until = self.running.retrieve_until
 
         def velocity(z: Tensor, t: float) -> Tensor:
             step = self.times.index(t)
+            if step == 0 and begun is not None:
+                return begun
             watched = lens if step == len(self.times) - 2 else None
-            known = begun if step == 0 else None
             anew = until is None or step < until
-            if engine is not None and watched is None and known is None:
+            if engine is not None and watched is None:
                 return engine.velocity(bank, z, t, engine.branches.finds(anew))
             if engine is not None and not anew and engine.branches.found:
                 branches.kept, branches.found = engine.branches.kept, True
             at = torch.full((B, T), t, device=self.device)
-            finds = branches.finds(anew, known is not None)
-            return branches.velocity(z, at, contexts, plan, bank, finds, known, watched)
+            return branches.velocity(z, at, context, plan, bank, branches.finds(anew), watched)
 
         return flow.solve(velocity, noise, self.times)
 
-    def _contexts(
-        self, bank: Bank, conditions: Conditions, worlds: int
-    ) -> tuple[Context, Context | None]:
-        """Of both branches; the second one's actions are dropped."""
-        steered = self.model.context(conditions, bank)
+    def _context(self, bank: Bank, conditions: Conditions, chunk: int) -> Context:
+        """Of these latents; under guidance the last `chunk` follow once more, without actions."""
         if self.guidance is None:
-            return steered, None
-        nobody = torch.zeros(worlds, dtype=torch.bool, device=self.device)
-        return steered, self.model.context(conditions, bank, nobody)
+            return self.model.context(conditions, bank)
+        again = conditions[-chunk:]
+        both = self.model.context(conditions.then(again), bank)
+        nobody = torch.zeros(len(conditions.lens), dtype=torch.bool, device=self.device)
+        unsteered = self.model.context(again, bank, nobody)
+        features = torch.cat((both.features[:, :-chunk], unsteered.features), 1)
+        return replace(both, features=features)
 
     def _branches(self) -> Branches:
         run = self.running
@@ -155,10 +160,7 @@ class Sampler:
         return Branches(self.model, self.guidance, self.dtype, self.recall, share, keep)
 
     def _engine(
-        self,
-        bank: Bank,
-        contexts: tuple[Context, Context | None],
-        noise: Float[Tensor, "B T C h w"],
+        self, bank: Bank, context: Context, noise: Float[Tensor, "B T C h w"]
     ) -> Engine | None:
         """The bank's engine with this chunk laid out; None where there is none to be had."""
         wanted = self.running.graphs
@@ -167,14 +169,14 @@ class Sampler:
         T = noise.shape[1]
         if not serves(self.model, bank.length, T):
             return None
-        bank.reserve(bank.length + T)
         branches, capture = self._branches(), wanted == "auto"
+        bank.reserve(bank.length + branches.count * T, (branches.count - 1) * T)
         engine = bank.engine
         key = engine_key(branches, bank, noise, capture)
         if not isinstance(engine, Engine) or engine.key != key:
             bank.engine = None  # its memory is free before the next one's is taken
-            engine = bank.engine = Engine(branches, bank, contexts, noise, capture)
-        engine.begin(bank, contexts)
+            engine = bank.engine = Engine(branches, bank, context, noise, capture)
+        engine.begin(bank, context)
         return engine
 
     def _write_and_begin(
@@ -187,13 +189,11 @@ class Sampler:
         """Writes what is owed and gives the first velocity of the chunk behind it."""
         latents, known = owed
         clean, T = latents.shape[1], noise.shape[1]
-        reach = self.model.config.reading.reach
-        plan = joint_plan(reach, bank.length, clean, self.write_chunk, T)
-        at = torch.zeros(len(noise), clean + T, device=self.device)
-        at[:, clean:] = self.times[0]
-        both = torch.cat((latents.float(), noise.float()), 1).to(self.dtype)
-        context = self.model.context(known.then(conditions), bank)
-        begun = self.model(both, at, context, plan, bank, self.recall)
+        branches, reach = self._branches(), self.model.config.reading.reach
+        plan = joint_plan(reach, bank.length, clean, self.write_chunk, T, branches.count)
+        at = torch.full(noise.shape[:2], self.times[0], device=self.device)
+        context = self._context(bank, known.then(conditions), T)
+        begun = branches.velocity(noise, at, context, plan, bank, owed=latents)
         bank.commit(known.cameras, known.lens, known.time)
         return begun
 

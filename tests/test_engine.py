@@ -2,7 +2,9 @@
 history, and retrieval is reused and shared where asked."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from decmem import flow
 from decmem.engine import Engine
-from decmem.memory import Bank, KeptLists, Lens, PositionConfig, Reach, Recall
+from decmem.memory import Bank, KeptLists, Lens, PositionConfig, Reach, Recall, bank_plan
 from decmem.memory.quantised import FP8
 from decmem.memory.sparse_global import SparseGlobalMemory
 from decmem.model import Conditions, ModelConfig, WorldModel, initialise
@@ -44,6 +46,11 @@ PAPER = dataclasses.replace(
 )
 WINDOW = dataclasses.replace(PAPER, memory="window")
 CONFIGS = {"pocket": POCKET, "paper": PAPER, "window": WINDOW}
+RETRIEVALS = [
+    {"retrieve_until": until, "share_lists": share}
+    for until in (None, 1)
+    for share in (False, True)
+]
 T = 2
 
 
@@ -58,8 +65,8 @@ def awake(config: ModelConfig, device: str = "cpu") -> WorldModel:
     return model.eval().requires_grad_(False).to(device)
 
 
-def way(config: ModelConfig, latents: int, device: torch.device) -> Conditions:
-    """Actions and cameras of a turn on the spot that drifts."""
+def way(config: ModelConfig, latents: int, device: torch.device, worlds: int = 1) -> Conditions:
+    """Actions and cameras of a turn on the spot that drifts; worlds differ in actions."""
     frames = torch.arange(latents * 4, dtype=torch.float64)
     cos, sin, zero = (0.1 * frames).cos(), (0.1 * frames).sin(), torch.zeros_like(frames)
     rotation = torch.stack((cos, zero, sin, zero, zero + 1, zero, -sin, zero, cos), -1)
@@ -68,9 +75,9 @@ def way(config: ModelConfig, latents: int, device: torch.device) -> Conditions:
     cameras[:, :3, 3] = torch.stack((0.2 * frames, zero, -0.1 * frames), -1)
     generator = torch.Generator().manual_seed(2)
     return Conditions(
-        torch.randn(1, latents, 4, config.actions, generator=generator),
-        cameras.view(1, latents, 4, 4, 4),
-        torch.tensor([1.4, 2.1, 0.0, 0.1]).expand(1, latents, 4),
+        torch.randn(worlds, latents, 4, config.actions, generator=generator),
+        cameras.view(1, latents, 4, 4, 4).repeat(worlds, 1, 1, 1, 1),
+        torch.tensor([1.4, 2.1, 0.0, 0.1]).expand(worlds, latents, 4),
         torch.arange(latents),
     ).to(device)
 
@@ -90,23 +97,51 @@ def dreamt(
     chunks: int = 3,
     lens: Lens | None = None,
     defer: bool = False,
+    worlds: int = 1,
 ) -> tuple[Tensor, Bank]:
     """Chunk after chunk behind random latents, the write passes included."""
     model = sampler.model
-    conditions = way(model.config, known + T * chunks, sampler.device)
-    bank = sampler.new_bank(torch.zeros(1, 3))
-    past = sampler.noise([7], range(known))
+    conditions = way(model.config, known + T * chunks, sampler.device, worlds)
+    bank = sampler.new_bank(torch.zeros(worlds, 3))
+    past = sampler.noise(range(7, 7 + worlds), range(known))
     sampler.write(bank, past, conditions[:known])
     made, owed = [], None
     for i in range(chunks):
         part = slice(known + i * T, known + (i + 1) * T)
-        noise = sampler.noise([1], range(part.start, part.stop))
+        noise = sampler.noise(range(1, 1 + worlds), range(part.start, part.stop))
         made.append(sampler.generate(bank, conditions[part], noise, lens, owed))
         if defer:
             owed = (made[-1], conditions[part])
         else:
             sampler.write(bank, made[-1], conditions[part])
     return torch.cat(made, 1), bank
+
+
+@torch.no_grad()
+def one_by_one(sampler: Sampler, bank: Bank, conditions: Conditions, noise: Tensor) -> Tensor:
+    """A chunk whose branches are passes of their own, one after the other: the definition."""
+    model, worlds = sampler.model, len(noise)
+    plan = bank_plan(model.config.reading.reach, bank.length, T, T)
+    nobody = torch.zeros(worlds, dtype=torch.bool, device=noise.device)
+    contexts = model.context(conditions, bank), model.context(conditions, bank, nobody)
+    steered, free = KeptLists(), KeptLists()
+    until = sampler.running.retrieve_until
+
+    def velocity(z: Tensor, t: float) -> Tensor:
+        find = until is None or sampler.times.index(t) < until
+        second = steered if sampler.running.share_lists else free
+        at = torch.full((worlds, T), t, device=noise.device)
+        v = []
+        for context, kept, finds in (
+            (contexts[0], steered, find),
+            (contexts[1], second, find and second is free),
+        ):
+            recall = dataclasses.replace(sampler.recall, kept=kept.start(finds))
+            v.append(model(z.to(sampler.dtype), at, context, plan, bank, recall))
+        assert sampler.guidance is not None
+        return flow.guide(*v, sampler.guidance)
+
+    return flow.solve(velocity, noise, sampler.times)
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +151,15 @@ def model() -> Callable[[str], WorldModel]:
 
 
 class Retrievals:
-    """Counts how often layers retrieved."""
+    """Counts the latents that layers retrieved for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         plain = SparseGlobalMemory.retrieve
 
-        def counted(*args: object, **options: object) -> Tensor:
-            self.count += 1
-            return plain(*args, **options)  # pyright: ignore[reportArgumentType]
+        def counted(memory: SparseGlobalMemory, q: Tensor, *args: object) -> Tensor:
+            self.count += q.shape[2]
+            return plain(memory, q, *args)  # pyright: ignore[reportArgumentType]
 
         monkeypatch.setattr(SparseGlobalMemory, "retrieve", counted)
 
@@ -141,10 +176,35 @@ def test_the_engine_is_the_plain_pass(
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("worlds", [1, 2])
+@pytest.mark.parametrize("options", RETRIEVALS, ids=str)
+@pytest.mark.parametrize("graphs", ["off", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_branches_in_one_pass_are_one_pass_each(
+    name: str, graphs: str, options: dict, worlds: int, model: Callable[[str], WorldModel]
+) -> None:
+    sampler = sampler_of(model(name), **options, graphs=graphs)
+    got, bank = dreamt(sampler, chunks=2, worlds=worlds)
+    conditions = way(model(name).config, 10, sampler.device, worlds)
+    bank.truncate(8)
+    noise = sampler.noise(range(1, 1 + worlds), [8, 9])
+    expected = one_by_one(sampler, bank, conditions[8:], noise)
+    torch.testing.assert_close(got[:, T:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_lens_watches_the_branch_with_actions(model: Callable[[str], WorldModel]) -> None:
+    for name, graphs in product(("pocket", "paper"), ("off", "eager")):
+        alone, both = Lens(), Lens()
+        for guidance, lens in ((None, alone), (2.0, both)):
+            dreamt(sampler_of(model(name), 1, guidance, graphs=graphs), chunks=1, lens=lens)
+        assert all(torch.equal(*lists) for lists in zip(alone.lists, both.lists, strict=True))
+        torch.testing.assert_close(both.strengths(), alone.strengths(), atol=1e-5, rtol=1e-5)
+
+
 def test_one_engine_serves_every_length_until_the_arena_moves(
     model: Callable[[str], WorldModel],
 ) -> None:
-    sampler = sampler_of(model("paper"), graphs="eager", room=10)
+    sampler = sampler_of(model("paper"), graphs="eager", room=8)
     engines: list[object] = []
     plain, _ = dreamt(sampler_of(model("paper"), graphs="off"), chunks=5)
     made = Engine.begin
@@ -157,7 +217,7 @@ def test_one_engine_serves_every_length_until_the_arena_moves(
         patch.setattr(Engine, "begin", begun)
         got, _ = dreamt(sampler, chunks=5)
     assert engines[0] is engines[1]
-    assert engines[1] is not engines[2]  # 12 latents do not fit 10
+    assert engines[1] is not engines[2]  # 10 latents and two chunks do not fit 8 + 4
     assert engines[2] is engines[3] is engines[4]
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
@@ -187,12 +247,10 @@ def test_too_short_a_history_takes_the_plain_pass(model: Callable[[str], WorldMo
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("until", [None, 1])
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("options", RETRIEVALS, ids=str)
 def test_passes_that_write_and_lenses_change_nothing(
-    until: int | None, share: bool, model: Callable[[str], WorldModel]
+    options: dict, model: Callable[[str], WorldModel]
 ) -> None:
-    options = {"retrieve_until": until, "share_lists": share}
     plain, _ = dreamt(sampler_of(model("pocket"), **options, graphs="off"), defer=True)
     lens = Lens()
     engine = sampler_of(model("pocket"), **options, graphs="eager")
@@ -234,8 +292,8 @@ def test_layers_retrieve_as_often_as_asked(
 ) -> None:
     counter = Retrievals(monkeypatch)
     dreamt(sampler_of(model("paper"), **options, graphs=graphs), chunks=2)
-    writes = (PAPER.layers - 1) * (1 + 2)  # the last layer only remembers
-    assert counter.count - writes == 2 * passes * PAPER.layers
+    writes = (PAPER.layers - 1) * (6 + 2 * T)  # the last layer only remembers
+    assert counter.count - writes == 2 * T * passes * PAPER.layers
 
 
 @pytest.mark.parametrize("graphs", ["off", "eager"])
@@ -294,8 +352,12 @@ def test_no_step_waits_for_the_device() -> None:
     engine = bank.engine
     assert isinstance(engine, Engine)
     noise = sampler.noise([1], range(T)).float()
-    torch.cuda.set_sync_debug_mode("error")
+    before = torch.cuda.get_sync_debug_mode()
     try:
-        engine.velocity(bank, noise, 1.0, (True, True))
+        with warnings.catch_warnings():
+            # PyTorch says of the mode itself that it is a prototype.
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        engine.velocity(bank, noise, 1.0, True)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(before)

@@ -5,7 +5,7 @@ the bank followed by the chunk at work in a roll-out. Both come down to two tabl
 so training, prefill, denoising and the write pass are one code path.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -37,6 +37,26 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """Where a chunk at a desk (`decmem.memory.arena`) lies in an arena: the device alone knows.
+
+    Attributes:
+        length: latents of history. room: latents the arena has room for.
+        own: which of the pass's own latents, in the slots behind the history, may be retrieved.
+    """
+
+    length: Int[Tensor, "1"]
+    room: int
+    own: Bool[Tensor, "Tq Tq"]
+
+    def candidates(self) -> Bool[Tensor, "Tq room"]:
+        """Slots of the arena that may be retrieved."""
+        behind = torch.arange(self.room, device=self.length.device) - self.length
+        last = len(self.own) - 1
+        return (behind < 0) | (self.own[:, behind.clamp(0, last)] & (behind <= last))
+
+
+@dataclass(frozen=True)
 class Plan:
     """Tables of one pass.
 
@@ -48,8 +68,9 @@ class Plan:
         history: latents of the pool that lie before the pass's own (0 in training).
         predicted: first query latent whose velocity is wanted; as many as there are queries
             where none is.
-        reachable, room: latents of an arena with so much room that may be retrieved, where the
-            device alone knows how many; None goes by `candidates`.
+        unsteered: latents at the pass's end that are the chunk before them once more, for guidance.
+            Both see the same history and themselves, and these are never committed.
+        cursor: of a chunk at a desk; None goes by `history` and `candidates`.
     """
 
     windows: WindowTable
@@ -57,8 +78,8 @@ class Plan:
     candidates: Bool[Tensor, "Tq Tc"]
     history: int = 0
     predicted: int = 0
-    reachable: Int[Tensor, "1"] | None = None
-    room: int = 0
+    unsteered: int = 0
+    cursor: Cursor | None = None
     _forms: dict = field(default_factory=dict, compare=False, repr=False)
 
     def prepare(self, blocks: int, q: Float[Tensor, "B H T S D"]) -> None:
@@ -67,22 +88,32 @@ class Plan:
         Args:
             blocks: of a latent. q: of the shape, type and device of the layers' queries.
         """
-        if self.reachable is not None:
+        if self.cursor is not None:
             # Once a pass, by the device's count as it is by then.
-            slots = torch.arange(self.room * blocks, device=q.device)
-            seen = (slots < self.reachable * blocks).expand(len(self.candidates) * blocks, -1)
-            self._forms[blocks, q.device] = seen
+            self._forms[blocks, q.device] = _of_blocks(self.cursor.candidates(), blocks)
         self.block_candidates(blocks, q.device)
         self.windows.prepare(q)
 
     def block_candidates(self, blocks: int, device: torch.device) -> Bool[Tensor, "Nq Nk"]:
         """`candidates` for `blocks` blocks a latent."""
         if (blocks, device) not in self._forms:
-            table = self.candidates.to(device)
-            self._forms[blocks, device] = table.repeat_interleave(blocks, 0).repeat_interleave(
-                blocks, 1
-            )
+            self._forms[blocks, device] = _of_blocks(self.candidates.to(device), blocks)
         return self._forms[blocks, device]
+
+    def lists_for_all(self, lists: Int[Tensor, "B G n K"], blocks: int) -> Int[Tensor, "B G Nq K"]:
+        """Lists of all but the unsteered latents, and for these the chunk's once more: its own
+        blocks become theirs."""
+        chunk = self.unsteered * blocks
+        own = self.history + self.predicted if self.cursor is None else self.cursor.length
+        again = lists[:, :, -chunk:]
+        again = torch.where(again >= own * blocks, again + chunk, again)
+        return torch.cat((lists, again), 2)
+
+
+def _of_blocks(table: Bool[Tensor, "Tq Tc"], blocks: int) -> Bool[Tensor, "Nq Nk"]:
+    rows, columns = table.shape
+    spread = table[:, None, :, None].expand(-1, blocks, -1, blocks)
+    return spread.reshape(rows * blocks, columns * blocks)
 
 
 def _chunk_rows(reach: Reach, start: int, end: int, pool: int) -> tuple[Tensor, Tensor]:
@@ -97,12 +128,14 @@ def _chunk_rows(reach: Reach, start: int, end: int, pool: int) -> tuple[Tensor, 
     return local, candidates
 
 
-def _plan(local: Tensor, candidates: Tensor, history: int, predicted: int) -> Plan:
+def _plan(
+    local: Tensor, candidates: Tensor, history: int, predicted: int, unsteered: int = 0
+) -> Plan:
     first = int(local.any(0).nonzero()[0])
     # Latents nobody may retrieve (the noisy streams, the chunk at work) need no scores.
     reachable = candidates.any(0).nonzero()
     candidates = candidates[:, : int(reachable[-1]) + 1 if len(reachable) else 1]
-    return Plan(WindowTable(local[:, first:]), first, candidates, history, predicted)
+    return Plan(WindowTable(local[:, first:]), first, candidates, history, predicted, unsteered)
 
 
 @lru_cache(maxsize=64)
@@ -159,22 +192,33 @@ def bank_plan(reach: Reach, history: int, latents: int, chunk: int, writes: bool
     return _plan(local, candidates, history, latents if writes else 0)
 
 
-def joint_plan(reach: Reach, history: int, clean: int, write: int, chunk: int) -> Plan:
-    """`clean` latents that are written in chunks of `write`, and `chunk` noisy ones behind them.
+def joint_plan(
+    reach: Reach, history: int, clean: int, write: int, chunk: int, branches: int = 1
+) -> Plan:
+    """`clean` latents that are written in chunks of `write`, and a noisy chunk behind them.
 
-    Who sees whom is as in two passes, one after the other; velocities are those of the noisy ones.
+    With two `branches` the noisy chunk comes twice, with its actions and without. Who sees whom is
+    as in passes one after the other; velocities are those of the noisy latents.
     """
-    pool, parts = history + clean + chunk, []
-    for start in range(0, clean, write):
-        parts.append((start, min(start + write, clean)))
-    parts.append((clean, clean + chunk))
-    local = torch.zeros(clean + chunk, pool, dtype=torch.bool)
-    candidates = torch.zeros(clean + chunk, pool, dtype=torch.bool)
-    for start, end in parts:
-        local[start:end], candidates[start:end] = _chunk_rows(
-            reach, history + start, history + end, pool
+    start = history + clean
+    pool = start + branches * chunk
+    local = torch.zeros(pool - history, pool, dtype=torch.bool)
+    candidates = torch.zeros(pool - history, pool, dtype=torch.bool)
+    for first in range(0, clean, write):
+        last = min(first + write, clean)
+        local[first:last], candidates[first:last] = _chunk_rows(
+            reach, history + first, history + last, pool
         )
-    return _plan(local, candidates, history, clean)
+    own = slice(start, start + chunk)
+    for branch in range(branches):
+        shift = branch * chunk
+        rows = slice(clean + shift, clean + shift + chunk)
+        for table, row in zip(
+            (local, candidates), _chunk_rows(reach, own.start, own.stop, pool), strict=True
+        ):
+            table[rows, :start] = row[:start]
+            table[rows, own.start + shift : own.stop + shift] = row[own]
+    return _plan(local, candidates, history, clean, (branches - 1) * chunk)
 
 
 def window_before(reach: Reach, chunk: int) -> int | None:
@@ -184,10 +228,13 @@ def window_before(reach: Reach, chunk: int) -> int | None:
     return max(0, reach.window - chunk) if reach.window_includes_chunk else reach.window
 
 
-def desk_plan(reach: Reach, chunk: int, room: int, reachable: Int[Tensor, "1"]) -> Plan:
+def desk_plan(reach: Reach, chunk: int, branches: int, room: int, length: Int[Tensor, "1"]) -> Plan:
     """A chunk at a desk (`decmem.memory.arena`): the same tables for every length of the history
-    from the window's on, with the latents that may be retrieved counted by the device."""
+    from the window's on, with the device's count of the latents in an arena of this room."""
     near = window_before(reach, chunk)
     assert near is not None
-    plan = bank_plan(reach, near, chunk, chunk)
-    return Plan(plan.windows, 0, plan.candidates, near, 0, reachable, room)
+    plan = joint_plan(reach, near, 0, 1, chunk, branches)
+    own = torch.zeros(branches * chunk, branches * chunk, dtype=torch.bool)
+    seen = plan.candidates[:, near:]
+    own[:, : seen.shape[1]] = seen
+    return replace(plan, cursor=Cursor(length, room, own.to(length.device)))
