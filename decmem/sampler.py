@@ -2,19 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from decmem import flow
-from decmem.engine import Branches, Engine, engine_key, serves
+from decmem.engine import Branches, Engine, Row, engine_key, serves
 from decmem.errors import UserError
 from decmem.memory import Bank, Lens, Recall, bank_plan, joint_plan
+from decmem.memory.stable import Stable
 from decmem.model import Conditions, WorldModel
 from decmem.model.conditioning import camera_centres
 from decmem.model.world_model import Context
+
+_MOST_ROWS = 16
+"""Worlds of one pass."""
 
 _NOISE_STREAM = 0x9E3779B97F4A7C15  # keeps the noise of neighbouring seeds apart
 
@@ -47,6 +51,14 @@ class Running:
             raise UserError("retrieve_until", problem, "Retrieve in at least 1")
 
 
+class Chunk(NamedTuple):
+    """A chunk to be denoised: of one world, behind its bank."""
+
+    bank: Bank
+    conditions: Conditions
+    noise: Float[Tensor, "1 T C h w"]
+
+
 @dataclass
 class Sampler:
     """A model with the settings it is sampled with. Nothing of it is traced for gradients, whoever
@@ -74,6 +86,16 @@ class Sampler:
         room = run.room if run.limit is None else min(run.room, run.limit)
         room += 0 if self.guidance is None else self.model.config.chunk
         return self.model.new_bank(anchor, run.bank_dtype or self.dtype, room, run.limit)
+
+    def new_stable(self, latents: int) -> Stable:
+        """Room for worlds that are dreamt together (`generate_together`): so many latents in all,
+        a chunk behind each world's last included.
+
+        Raises:
+            UserError: as `Bank`.
+        """
+        dtype, passing = self.running.bank_dtype or self.dtype, self.model.config.chunk
+        return Stable(self.model.new_bank(torch.zeros(1, 3), dtype, latents), passing)
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +164,76 @@ class Sampler:
 
         return flow.solve(velocity, noise, self.times)
 
+    @torch.no_grad()
+    def generate_together(
+        self, stable: Stable, chunks: Sequence[Chunk]
+    ) -> list[Float[Tensor, "1 T C h w"]]:
+        """What `generate` gives for each of these chunks of different worlds.
+
+        One pass computes all that can go together: chunks of one size, of worlds that have a stall
+        and a history that fills the window. Without an engine, and for others, it is one by one.
+        """
+        company = [i for i, chunk in enumerate(chunks) if self._joins(stable, chunk, chunks[0])]
+        if len(company) < 2:
+            company = []
+        # What goes alone goes first: it may run into the limit of its history.
+        made = {i: self.generate(*chunk) for i, chunk in enumerate(chunks) if i not in company}
+        for start in range(0, len(company), _MOST_ROWS):
+            part = company[start : start + _MOST_ROWS]
+            made.update(
+                zip(part, self._generate_rows(stable, [chunks[i] for i in part]), strict=True)
+            )
+        return [made[i] for i in range(len(chunks))]
+
+    def _joins(self, stable: Stable, chunk: Chunk, first: Chunk) -> bool:
+        bank, T = chunk.bank, chunk.noise.shape[1]
+        limit, room = bank.layers[0].limit, bank.layers[0].room
+        return (
+            self._graphs != "off"
+            and stable.stall(bank) is not None
+            and chunk.noise.shape == first.noise.shape
+            and serves(self.model, bank.length, T)
+            and (limit is None or bank.length + T <= limit)
+            and bank.length + self._branches().count * T <= room
+        )
+
+    def _generate_rows(self, stable: Stable, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """One pass for all; idle rows, up to a power of two, compute the first chunk once more."""
+        rows = []
+        for bank, conditions, noise in chunks:
+            self._keep_near(bank, conditions)
+            stall = stable.stall(bank)
+            assert stall is not None
+            context = self._context(bank, conditions, noise.shape[1])
+            rows.append(Row(bank, stall.start, context))
+        idle = (1 << (len(rows) - 1).bit_length()) - len(rows)
+        rows += rows[:1] * idle
+        noise = torch.cat([chunk.noise for chunk in chunks] + [chunks[0].noise] * idle)
+        branches, capture = self._branches(), self._graphs == "auto"
+        key = engine_key(branches, stable.whole, stable.widest, noise, capture)
+        engine = stable.engines.get(len(rows))
+        if not isinstance(engine, Engine) or engine.key != key:
+            stable.engines.pop(len(rows), None)
+            beside = next(iter(stable.engines.values()), None)
+            engine = stable.engines[len(rows)] = Engine(
+                branches, stable.whole, stable.widest, rows, noise, capture,
+                beside if isinstance(beside, Engine) else None,
+            )  # fmt: skip
+        engine.begin(rows)
+        until = self.running.retrieve_until
+
+        def velocity(z: Tensor, t: float) -> Tensor:
+            anew = until is None or self.times.index(t) < until
+            return engine.velocity(stable.whole, z, t, engine.branches.finds(anew))
+
+        return list(flow.solve(velocity, noise, self.times)[: len(chunks)].split(1))
+
+    @property
+    def _graphs(self) -> Literal["auto", "eager", "off"]:
+        """How an engine would run here; graphs are for a GPU alone."""
+        wanted = self.running.graphs
+        return "off" if wanted == "auto" and self.device.type != "cuda" else wanted
+
     def _context(self, bank: Bank, conditions: Conditions, chunk: int) -> Context:
         """Of these latents; under guidance the last `chunk` follow once more, without actions."""
         if self.guidance is None:
@@ -163,20 +255,17 @@ class Sampler:
         self, bank: Bank, context: Context, noise: Float[Tensor, "B T C h w"]
     ) -> Engine | None:
         """The bank's engine with this chunk laid out; None where there is none to be had."""
-        wanted = self.running.graphs
-        if wanted == "off" or (wanted == "auto" and self.device.type != "cuda"):
-            return None
         T = noise.shape[1]
-        if not serves(self.model, bank.length, T):
+        if self._graphs == "off" or not serves(self.model, bank.length, T):
             return None
-        branches, capture = self._branches(), wanted == "auto"
+        branches, capture = self._branches(), self._graphs == "auto"
         bank.reserve(bank.length + branches.count * T, (branches.count - 1) * T)
-        engine = bank.engine
-        key = engine_key(branches, bank, noise, capture)
+        engine, room, rows = bank.engine, bank.layers[0].room, [Row(bank, 0, context)]
+        key = engine_key(branches, bank, room, noise, capture)
         if not isinstance(engine, Engine) or engine.key != key:
             bank.engine = None  # its memory is free before the next one's is taken
-            engine = bank.engine = Engine(branches, bank, context, noise, capture)
-        engine.begin(bank, context)
+            engine = bank.engine = Engine(branches, bank, room, rows, noise, capture)
+        engine.begin(rows)
         return engine
 
     def _write_and_begin(

@@ -59,16 +59,19 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Desk:
-    """Where one chunk is worked on while its place behind the history is known to the device alone.
+    """Where chunks are worked on while their place behind the history is known to the device alone.
 
     All shapes and addresses stay as they are while the history grows, as CUDA graphs ask for.
 
     Attributes:
-        slots: arena slots of the pass's latents; None where nobody may retrieve them.
+        near: arena slots of the history that the local window reaches.
+        slots: those of the pass's latents; None where nobody may retrieve them.
         blocks: those of its blocks.
-        keys, values: what the local window reaches, the pass's own last.
+        keys, values: what the local window reaches, the pass's own last. All layers use them in
+            turn.
     """
 
+    near: Int[Tensor, "near"]
     slots: Int[Tensor, "T"] | None
     blocks: Int[Tensor, "TM"] | None
     keys: Float[Tensor, "B H window S D"]
@@ -167,9 +170,13 @@ class LayerBank:
         k, k_scale, v, v_scale = parts
         assert k is not None
         assert v is not None
-        T = given.shape[2]
-        desk.keys[:, :, -T:] = restore(k, k_scale, given.dtype)
-        desk.values[:, :, -T:] = restore(v, v_scale, given.dtype)
+        near = len(desk.near)
+        for window, stored, scale, own, own_scale in (
+            (desk.keys, self.keys, self.key_scale, k, k_scale),
+            (desk.values, self.values, self.value_scale, v, v_scale),
+        ):
+            _take(stored, scale, desk.near, window[:, :, :near])
+            window[:, :, near:] = restore(own, own_scale, window.dtype)
 
     @property
     def _places(self) -> tuple[Tensor | None, ...]:
@@ -236,6 +243,15 @@ class LayerBank:
             new[:, :, :kept] = old[:, :, :kept]
             setattr(self, name, new)
 
+    def run(self, first: int, room: int, limit: int, blocks: int) -> "LayerBank":
+        """`room` slots from `first` on as a bank of their own, without history."""
+        part = replace(self, length=0, limit=limit, desk=None)
+        for name, stored in self.arenas():
+            per_latent = blocks if name == "pooled" else 1
+            slots = slice(first * per_latent, (first + room) * per_latent)
+            setattr(part, name, stored[:, :, slots])
+        return part
+
     def fork(self, scratch: Scratch) -> "LayerBank":
         """An independent copy, at no desk."""
         twin = replace(self, desk=None, scratch=scratch)
@@ -253,12 +269,27 @@ def _pooled(k: Tensor, layout: TokenLayout) -> Float[Tensor, "B H TM D"]:
     return pool_blocks(blocks, layout.valid_on(k.device))
 
 
-def _put(place: Tensor, slots: Tensor, part: Tensor) -> None:
-    """`place[:, :, slots] = part`, eight bytes at a time where rows are whole multiples of them:
-    what copies by index goes number by number, and not in 8 bits at all."""
+def _wide(x: Tensor) -> torch.dtype:
+    """Eight bytes at a time where rows are whole multiples of them: what copies by index goes
+    number by number, and not in 8 bits at all."""
     for wide in (torch.int64, torch.int32, torch.int16):
-        if part.shape[-1] * part.element_size() % wide.itemsize == 0:
-            part = part.contiguous().view(wide)
-            place = place.view(wide)
-            break
-    place.index_copy_(2, slots, part)
+        if x.shape[-1] * x.element_size() % wide.itemsize == 0:
+            return wide
+    return x.dtype
+
+
+def _put(place: Tensor, slots: Tensor, part: Tensor) -> None:
+    """`place[:, :, slots] = part`."""
+    wide = _wide(part)
+    place.view(wide).index_copy_(2, slots, part.contiguous().view(wide))
+
+
+def _take(stored: Tensor, scale: Tensor | None, slots: Tensor, out: Tensor) -> None:
+    """`stored[:, :, slots]` as numbers of the type of `out`, into it."""
+    wide = _wide(stored)
+    if stored.dtype == out.dtype:
+        torch.index_select(stored.view(wide), 2, slots, out=out.view(wide))
+        return
+    taken = stored.view(wide).index_select(2, slots).view(stored.dtype)
+    scale = None if scale is None else scale.index_select(2, slots)
+    out.copy_(restore(taken, scale, out.dtype))

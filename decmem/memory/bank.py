@@ -198,6 +198,16 @@ class Bank:
                 part = stored[:, :, : swapped * per_latent]
                 part.copy_(part[order.to(part.device)])
 
+    def run(self, first: int, room: int, limit: int, anchor: Float[Tensor, "B 3"]) -> "Bank":
+        """`room` of its slots from `first` on as an empty bank of at most `limit` latents."""
+        part = object.__new__(Bank)
+        part.__dict__.update(self.__dict__)
+        part.anchor = anchor.double().cpu()
+        part.layers = [layer.run(first, room, limit, self.layout.M) for layer in self.layers]
+        part.engine = None
+        part.truncate(0)
+        return part
+
     def fork(self) -> "Bank":
         """An independent copy."""
         twin = object.__new__(Bank)

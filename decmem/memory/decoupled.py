@@ -41,22 +41,33 @@ class DecoupledMemory(Memory):
 
     def _lists(self, reading: Reading, coded: Coded, k: Tensor) -> Tensor:
         """What every block of the pass reads: (B, G, Nq, K)."""
+        recall = reading.recall
+
+        def retrieve() -> Tensor:
+            return self._retrieved(reading, coded, k)
+
+        return retrieve() if recall.kept is None else recall.kept(retrieve)
+
+    def _retrieved(self, reading: Reading, coded: Coded, k: Tensor) -> Tensor:
         plan, recall, M = reading.plan, reading.recall, self.layout.M
         candidates = plan.block_candidates(M, k.device)
         if reading.bank is None:
-            pooled = self.sparse_global.pool(k[:, :, : candidates.shape[1] // M])
+            pooled = self.sparse_global.pool(k[:, :, : candidates.shape[-1] // M])
         else:
-            pooled = reading.bank.pooled[:, :, : candidates.shape[1]]
-
-        def retrieve() -> Tensor:
-            if not (recall.shared and plan.unsteered):
-                return self.sparse_global.retrieve(coded.q, pooled, candidates, recall.retrieved)
-            q = coded.q[:, :, : -plan.unsteered]
-            seen = candidates[: q.shape[2] * M]
-            lists = self.sparse_global.retrieve(q, pooled, seen, recall.retrieved)
-            return plan.lists_for_all(lists, M)
-
-        return retrieve() if recall.kept is None else recall.kept(retrieve)
+            pooled = reading.bank.pooled
+            if plan.cursor is not None and plan.rows > 1:
+                pooled = plan.cursor.runs_of(pooled, M)
+            pooled = pooled[:, :, : candidates.shape[-1]]
+        q, shared = plan.by_row(coded.q), recall.shared and plan.unsteered > 0
+        if shared:
+            q = q[:, :, : -plan.unsteered]
+            candidates = candidates[..., : q.shape[2] * M, :]
+        lists = self.sparse_global.retrieve(q, pooled, candidates, recall.retrieved)
+        if shared:
+            lists = plan.lists_for_all(lists, M)
+        if plan.cursor is not None and plan.rows > 1:
+            lists = plan.cursor.in_arena(lists, M)
+        return lists
 
     def _watch(
         self,

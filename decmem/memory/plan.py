@@ -5,7 +5,7 @@ the bank followed by the chunk at work in a roll-out. Both come down to two tabl
 so training, prefill, denoising and the write pass are one code path.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -38,22 +38,43 @@ class Reach:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a chunk at a desk (`decmem.memory.arena`) lies in an arena: the device alone knows.
+    """Where chunks at a desk (`decmem.memory.arena`) lie in an arena: the device alone knows.
+
+    A pass may have several rows, chunks of worlds that know nothing of each other. Each world has a
+    run of the arena's slots to itself, and slots and blocks count from its first.
 
     Attributes:
-        length: latents of history. room: latents the arena has room for.
-        own: which of the pass's own latents, in the slots behind the history, may be retrieved.
+        first: slot where the run of each row begins. length: latents of its history.
+        room: slots of the longest run.
+        own: which of a row's own latents, in the slots behind the history, may be retrieved.
     """
 
-    length: Int[Tensor, "1"]
+    first: Int[Tensor, "rows"]
+    length: Int[Tensor, "rows"]
     room: int
-    own: Bool[Tensor, "Tq Tq"]
+    own: Bool[Tensor, "T T"]
 
-    def candidates(self) -> Bool[Tensor, "Tq room"]:
-        """Slots of the arena that may be retrieved."""
-        behind = torch.arange(self.room, device=self.length.device) - self.length
+    @property
+    def rows(self) -> int:
+        return len(self.length)
+
+    def candidates(self) -> Bool[Tensor, "rows T room"]:
+        """Slots of its run that each latent of a row may retrieve."""
+        behind = torch.arange(self.room, device=self.length.device) - self.length[:, None]
         last = len(self.own) - 1
-        return (behind < 0) | (self.own[:, behind.clamp(0, last)] & (behind <= last))
+        own = self.own[:, behind.clamp(0, last)].transpose(0, 1)
+        return (behind < 0)[:, None] | (own & (behind <= last)[:, None])
+
+    def runs_of(self, x: Float[Tensor, "1 H slots D"], blocks: int) -> Float[Tensor, "rows H N D"]:
+        """The part of a pool that each row may see; behind a shorter run anything may follow."""
+        slots = torch.arange(self.room * blocks, device=x.device)
+        index = (self.first[:, None] * blocks + slots).clamp(max=x.shape[2] - 1)
+        return x[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+
+    def in_arena(self, lists: Int[Tensor, "rows G n K"], blocks: int) -> Int[Tensor, "1 G N K"]:
+        """Lists of blocks of the runs as lists of blocks of the arena, for one row of queries."""
+        first = self.first.to(lists.dtype)[:, None, None, None] * blocks
+        return torch.where(lists >= 0, lists + first, lists).transpose(0, 1).flatten(1, 2)[None]
 
 
 @dataclass(frozen=True)
@@ -68,9 +89,10 @@ class Plan:
         history: latents of the pool that lie before the pass's own (0 in training).
         predicted: first query latent whose velocity is wanted; as many as there are queries
             where none is.
-        unsteered: latents at the pass's end that are the chunk before them once more, for guidance.
-            Both see the same history and themselves, and these are never committed.
-        cursor: of a chunk at a desk; None goes by `history` and `candidates`.
+        unsteered: latents at the end of the pass, or of each of its rows, that are the chunk before
+            them once more, for guidance. Both see the same history and themselves, and these are
+            never committed.
+        cursor: of chunks at a desk; None goes by `history` and `candidates`.
     """
 
     windows: WindowTable
@@ -90,12 +112,24 @@ class Plan:
         """
         if self.cursor is not None:
             # Once a pass, by the device's count as it is by then.
-            self._forms[blocks, q.device] = _of_blocks(self.cursor.candidates(), blocks)
+            seen = _of_blocks(self.cursor.candidates(), blocks)
+            self._forms[blocks, q.device] = seen[0] if self.rows == 1 else seen[:, None]
         self.block_candidates(blocks, q.device)
         self.windows.prepare(q)
 
-    def block_candidates(self, blocks: int, device: torch.device) -> Bool[Tensor, "Nq Nk"]:
-        """`candidates` for `blocks` blocks a latent."""
+    @property
+    def rows(self) -> int:
+        """Worlds that lie side by side in the pass, as if they were latents of one."""
+        return 1 if self.cursor is None else self.cursor.rows
+
+    def by_row(self, q: Float[Tensor, "B H T S D"]) -> Float[Tensor, "rows H t S D"]:
+        """Queries row by row; those of one row as they are, with as many worlds as there are."""
+        return q if self.rows == 1 else q[0].unflatten(1, (self.rows, -1)).transpose(0, 1)
+
+    def block_candidates(
+        self, blocks: int, device: torch.device
+    ) -> Bool[Tensor, "Nq Nk"] | Bool[Tensor, "rows 1 Nq Nk"]:
+        """`candidates` for `blocks` blocks a latent, row by row where there are several."""
         if (blocks, device) not in self._forms:
             self._forms[blocks, device] = _of_blocks(self.candidates.to(device), blocks)
         return self._forms[blocks, device]
@@ -104,16 +138,17 @@ class Plan:
         """Lists of all but the unsteered latents, and for these the chunk's once more: its own
         blocks become theirs."""
         chunk = self.unsteered * blocks
-        own = self.history + self.predicted if self.cursor is None else self.cursor.length
+        own = self.history + self.predicted
+        if self.cursor is not None:
+            own = self.cursor.length[:, None, None, None]
         again = lists[:, :, -chunk:]
         again = torch.where(again >= own * blocks, again + chunk, again)
         return torch.cat((lists, again), 2)
 
 
-def _of_blocks(table: Bool[Tensor, "Tq Tc"], blocks: int) -> Bool[Tensor, "Nq Nk"]:
-    rows, columns = table.shape
-    spread = table[:, None, :, None].expand(-1, blocks, -1, blocks)
-    return spread.reshape(rows * blocks, columns * blocks)
+def _of_blocks(table: Bool[Tensor, "... Tq Tc"], blocks: int) -> Bool[Tensor, "... Nq Nk"]:
+    spread = table[..., :, None, :, None].expand(*table.shape[:-1], blocks, -1, blocks)
+    return spread.flatten(-4, -3).flatten(-2, -1)
 
 
 def _chunk_rows(reach: Reach, start: int, end: int, pool: int) -> tuple[Tensor, Tensor]:
@@ -228,13 +263,36 @@ def window_before(reach: Reach, chunk: int) -> int | None:
     return max(0, reach.window - chunk) if reach.window_includes_chunk else reach.window
 
 
-def desk_plan(reach: Reach, chunk: int, branches: int, room: int, length: Int[Tensor, "1"]) -> Plan:
-    """A chunk at a desk (`decmem.memory.arena`): the same tables for every length of the history
-    from the window's on, with the device's count of the latents in an arena of this room."""
+def desk_plan(
+    reach: Reach,
+    chunk: int,
+    branches: int,
+    room: int,
+    first: Int[Tensor, "rows"],
+    length: Int[Tensor, "rows"],
+) -> Plan:
+    """Chunks at a desk (`decmem.memory.arena`), a row each: the same tables for every length of the
+    history from the window's on. The device knows how long it is, and in which run of slots.
+
+    The window sees, row after row, what lies before each chunk, and then the chunks.
+    """
     near = window_before(reach, chunk)
     assert near is not None
-    plan = joint_plan(reach, near, 0, 1, chunk, branches)
-    own = torch.zeros(branches * chunk, branches * chunk, dtype=torch.bool)
+    plan, rows = joint_plan(reach, near, 0, 1, chunk, branches), len(length)
+    T = branches * chunk
+    own = torch.zeros(T, T, dtype=torch.bool)
     seen = plan.candidates[:, near:]
     own[:, : seen.shape[1]] = seen
-    return replace(plan, cursor=Cursor(length, room, own.to(length.device)))
+    table = plan.windows.table
+    before, among = (
+        torch.block_diag(*[part] * rows).bool() for part in (table[:, :near], table[:, near:])
+    )
+    return Plan(
+        WindowTable(torch.cat((before, among), 1)),
+        0,
+        plan.candidates,
+        rows * near,
+        0,
+        plan.unsteered,
+        Cursor(first, length, room, own.to(length.device)),
+    )

@@ -155,7 +155,7 @@ def test_a_plan_at_a_desk_is_the_plan_of_every_length(reach: Reach, branches: in
         return
     q = torch.empty(1, 1, branches * chunk, 6, 4)
     length = torch.zeros(1, dtype=torch.long)
-    desk = desk_plan(reach, chunk, branches, room, length)
+    desk = desk_plan(reach, chunk, branches, room, torch.zeros_like(length), length)
     for history in (near, near + 1, 9):
         length.fill_(history)
         desk.prepare(blocks, q)
