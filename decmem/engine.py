@@ -66,7 +66,7 @@ class Branches:
         find: bool = True,
         lens: Lens | None = None,
         owed: Float[Tensor, "B clean C h w"] | None = None,
-    ) -> Float[Tensor, "B T C h w"]:
+    ) -> Float[Tensor, "B predicted C h w"]:
         """Guided velocity of `z` at times `at`; a `lens` watches the branch with actions.
 
         Clean latents `owed` to the bank are written in passing; such a pass keeps no lists.
@@ -80,7 +80,7 @@ class Branches:
         given = (torch.cat(x, 1) for x in (latents, times))
         both, when = (x.reshape(worlds, -1, *x.shape[2:]) for x in given)
         v = self.model(both.to(self.dtype), when, context, plan, bank, recall)
-        v = v.reshape(len(z), -1, *v.shape[2:])
+        v = v.reshape(len(z), v.shape[1] // plan.rows, *v.shape[2:])
         if self.guidance is None:
             return v
         steered, free = v.chunk(2, dim=1)
@@ -111,6 +111,7 @@ class Engine:
             worlds in step), or several of runs of `whole`, with a world each.
         noise: of the shape to come, a world of `whole` or a row each. capture: record CUDA graphs.
         beside: another engine that never computes at the same time: graphs share their memory.
+        writes: latents that see each other in a write pass; 0 for an engine that denoises.
     """
 
     def __init__(
@@ -122,18 +123,21 @@ class Engine:
         noise: Float[Tensor, "B T C h w"],
         capture: bool,
         beside: "Engine | None" = None,
+        writes: int = 0,
     ) -> None:
         self.branches = branches
         self.capture = capture
         model, device = branches.model, noise.device
         reach, M = model.config.reading.reach, model.layout.M
-        near = window_before(reach, noise.shape[1])
+        T = noise.shape[1]
+        near = window_before(reach, min(writes, T) or T)
         assert near is not None
+        self.writer: Engine | None = None
         self.key = engine_key(branches, whole, room, noise, capture)
         self.z = torch.empty_like(noise, dtype=torch.float32)
         self.at = torch.empty(noise.shape[:2], device=device)
         self.context = _joined(rows, near)
-        self.T, self.near = branches.count * noise.shape[1], near
+        self.T, self.near = branches.count * T, near
 
         def whole_numbers(count: int) -> Tensor:
             return torch.zeros(count, dtype=torch.long, device=device)
@@ -142,13 +146,14 @@ class Engine:
         self.seen = whole_numbers(len(rows) * near)
         self.slots = whole_numbers(len(rows) * self.T)
         self.blocks = whole_numbers(len(rows) * self.T * M)
-        # What nobody retrieves need not lie beside the history.
-        own = (self.slots, self.blocks) if reach.own_candidates else (None, None)
+        # What is neither written nor retrieved need not lie beside the history.
+        kept = bool(writes) or reach.own_candidates
+        own = (self.slots, self.blocks) if kept else (None, None)
         B, H, _, S, D = whole.layers[0].keys.shape
         shape = (B, H, len(rows) * (near + self.T), S, D)
         k, v = (torch.empty(shape, dtype=branches.dtype, device=device) for _ in range(2))
         self.desk = Desk(self.seen, *own, k, v)
-        self.plan = desk_plan(reach, noise.shape[1], branches.count, room, self.first, self.length)
+        self.plan = desk_plan(reach, T, branches.count, room, self.first, self.length, writes)
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = None if beside is None else beside.pool
         if capture and self.pool is None:
@@ -171,7 +176,7 @@ class Engine:
 
     def velocity(
         self, whole: Bank, z: Float[Tensor, "B T C h w"], t: float, find: bool
-    ) -> Float[Tensor, "B T C h w"]:
+    ) -> Float[Tensor, "B predicted C h w"]:
         """Guided velocity of `z` at time `t`; valid until the next call."""
         self.z.copy_(z)
         self.at.fill_(t)
@@ -192,6 +197,10 @@ class Engine:
         finally:
             for layer in whole.layers:
                 layer.desk = None
+
+    def write(self, whole: Bank, latents: Float[Tensor, "B T C h w"]) -> None:
+        """Stages clean latents behind the histories: what an engine is for that `writes`."""
+        self.velocity(whole, latents, 0.0, True)
 
     def _record(self, whole: Bank, find: bool) -> None:
         # Twice before: kernels are compiled, and libraries take their working memory.
@@ -221,9 +230,31 @@ def engine_key(
         branches.keep,
         tuple(noise.shape),
         capture,
-        room,
-        whole.layers[0].keys.data_ptr(),
+        (room, whole.layers[0].keys.data_ptr()),
     )
+
+
+def writer_of(
+    engine: object,
+    branches: Branches,
+    whole: Bank,
+    room: int,
+    rows: Sequence[Row],
+    latents: Float[Tensor, "B T C h w"],
+    writes: int,
+) -> Engine | None:
+    """What writes chunks like those that `engine` denoises, laid out for these; None where that is
+    none, or was made for other arenas or chunks."""
+    if not isinstance(engine, Engine) or engine.z.shape != latents.shape:
+        return None
+    key = engine_key(branches, whole, room, latents, engine.capture)
+    if key[-1] != engine.key[-1]:
+        return None
+    if engine.writer is None or engine.writer.key != key:
+        engine.writer = None
+        engine.writer = Engine(branches, whole, room, rows, latents, engine.capture, engine, writes)
+    engine.writer.begin(rows)
+    return engine.writer
 
 
 def _joined(rows: Sequence[Row], near: int) -> Context:

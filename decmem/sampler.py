@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decmem import flow
-from decmem.engine import Branches, Engine, Row, engine_key, serves
+from decmem.engine import Branches, Engine, Row, engine_key, serves, writer_of
 from decmem.errors import UserError
 from decmem.memory import Bank, Lens, Recall, bank_plan, joint_plan
 from decmem.memory.stable import Stable
@@ -52,11 +52,11 @@ class Running:
 
 
 class Chunk(NamedTuple):
-    """A chunk to be denoised: of one world, behind its bank."""
+    """A chunk of one world behind its bank: noise to denoise, or clean latents to write."""
 
     bank: Bank
     conditions: Conditions
-    noise: Float[Tensor, "1 T C h w"]
+    latents: Float[Tensor, "1 T C h w"]
 
 
 @dataclass
@@ -173,42 +173,55 @@ class Sampler:
         One pass computes all that can go together: chunks of one size, of worlds that have a stall
         and a history that fills the window. Without an engine, and for others, it is one by one.
         """
-        company = [i for i, chunk in enumerate(chunks) if self._joins(stable, chunk, chunks[0])]
-        if len(company) < 2:
-            company = []
+        T, branches = chunks[0].latents.shape[1], self._branches().count
+        groups = self._company(stable, chunks, T, branches)
         # What goes alone goes first: it may run into the limit of its history.
-        made = {i: self.generate(*chunk) for i, chunk in enumerate(chunks) if i not in company}
-        for start in range(0, len(company), _MOST_ROWS):
-            part = company[start : start + _MOST_ROWS]
-            made.update(
-                zip(part, self._generate_rows(stable, [chunks[i] for i in part]), strict=True)
-            )
+        made = {i: self.generate(*chunks[i]) for i in _rest(chunks, groups)}
+        for group in groups:
+            latents = self._generate_rows(stable, [chunks[i] for i in group])
+            made.update(zip(group, latents, strict=True))
         return [made[i] for i in range(len(chunks))]
 
-    def _joins(self, stable: Stable, chunk: Chunk, first: Chunk) -> bool:
-        bank, T = chunk.bank, chunk.noise.shape[1]
-        limit, room = bank.layers[0].limit, bank.layers[0].room
-        return (
-            self._graphs != "off"
-            and stable.stall(bank) is not None
-            and chunk.noise.shape == first.noise.shape
-            and serves(self.model, bank.length, T)
-            and (limit is None or bank.length + T <= limit)
-            and bank.length + self._branches().count * T <= room
-        )
+    @torch.no_grad()
+    def write_together(self, stable: Stable, chunks: Sequence[Chunk]) -> None:
+        """`write` for each of these clean chunks of different worlds, in one pass for those that
+        were denoised in one."""
+        each = min(self.write_chunk, chunks[0].latents.shape[1])
+        groups = self._company(stable, chunks, each, 1)
+        for i in _rest(chunks, groups):
+            self.write(chunks[i].bank, chunks[i].latents, chunks[i].conditions)
+        for group in groups:
+            self._write_rows(stable, [chunks[i] for i in group])
+
+    def _company(
+        self, stable: Stable, chunks: Sequence[Chunk], window_of: int, branches: int
+    ) -> list[list[int]]:
+        """Which chunks share a pass, in groups. The window is that of `window_of` latents."""
+        shape = chunks[0].latents.shape
+
+        def joins(bank: Bank, latents: Tensor) -> bool:
+            layer, T = bank.layers[0], shape[1]
+            return (
+                stable.stall(bank) is not None
+                and latents.shape == shape
+                and serves(self.model, bank.length, window_of)
+                and (layer.limit is None or bank.length + T <= layer.limit)
+                and bank.length + branches * T <= layer.room
+            )
+
+        if self._graphs == "off":
+            return []
+        together = [i for i, chunk in enumerate(chunks) if joins(chunk.bank, chunk.latents)]
+        groups = [
+            together[first : first + _MOST_ROWS] for first in range(0, len(together), _MOST_ROWS)
+        ]
+        return [group for group in groups if len(group) > 1]
 
     def _generate_rows(self, stable: Stable, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """One pass for all; idle rows, up to a power of two, compute the first chunk once more."""
-        rows = []
-        for bank, conditions, noise in chunks:
+        for bank, conditions, _ in chunks:
             self._keep_near(bank, conditions)
-            stall = stable.stall(bank)
-            assert stall is not None
-            context = self._context(bank, conditions, noise.shape[1])
-            rows.append(Row(bank, stall.start, context))
-        idle = (1 << (len(rows) - 1).bit_length()) - len(rows)
-        rows += rows[:1] * idle
-        noise = torch.cat([chunk.noise for chunk in chunks] + [chunks[0].noise] * idle)
+        contexts = [self._context(one.bank, one.conditions, one.latents.shape[1]) for one in chunks]
+        rows, noise = _rows(stable, chunks, contexts)
         branches, capture = self._branches(), self._graphs == "auto"
         key = engine_key(branches, stable.whole, stable.widest, noise, capture)
         engine = stable.engines.get(len(rows))
@@ -227,6 +240,27 @@ class Sampler:
             return engine.velocity(stable.whole, z, t, engine.branches.finds(anew))
 
         return list(flow.solve(velocity, noise, self.times)[: len(chunks)].split(1))
+
+    def _write_rows(self, stable: Stable, chunks: Sequence[Chunk]) -> None:
+        contexts = [self.model.context(one.conditions, one.bank) for one in chunks]
+        rows, clean = _rows(stable, chunks, contexts)
+        engine = stable.engines.get(len(rows))
+        if not self._written_at_desk(engine, stable.whole, stable.widest, rows, clean):
+            for bank, known, latents in chunks:
+                self.write(bank, latents, known)
+            return
+        for bank, known, _ in chunks:
+            bank.commit(known.cameras, known.lens, known.time)
+
+    def _written_at_desk(
+        self, engine: object, whole: Bank, room: int, rows: Sequence[Row], clean: Tensor
+    ) -> bool:
+        """Stages clean chunks as a recorded pass, where there is an engine for such chunks."""
+        branches = Branches(self.model, None, self.dtype, self.recall)
+        writer = writer_of(engine, branches, whole, room, rows, clean, self.write_chunk)
+        if writer is not None:
+            writer.write(whole, clean)
+        return writer is not None
 
     @property
     def _graphs(self) -> Literal["auto", "eager", "off"]:
@@ -299,10 +333,17 @@ class Sampler:
             part = slice(start, start + self.piece)
             clean, known = latents[:, part].to(self.dtype), conditions[part]
             B, T = clean.shape[:2]
-            plan = bank_plan(reach, bank.length, T, chunk, writes=True)
-            still = torch.zeros(B, T, device=self.device)
             context = self.model.context(known, bank)
-            self.model(clean, still, context, plan, bank, self.recall)
+            bank.reserve(bank.length + T)
+            room, rows = bank.layers[0].room, [Row(bank, 0, context)]
+            if (
+                self._graphs == "off"
+                or not serves(self.model, bank.length, min(chunk, T))
+                or not self._written_at_desk(bank.engine, bank, room, rows, clean)
+            ):
+                plan = bank_plan(reach, bank.length, T, chunk, writes=True)
+                still = torch.zeros(B, T, device=self.device)
+                self.model(clean, still, context, plan, bank, self.recall)
             bank.commit(known.cameras, known.lens, known.time)
 
     def _keep_near(self, bank: Bank, conditions: Conditions) -> None:
@@ -312,3 +353,21 @@ class Sampler:
         far = (here - bank.anchor).norm(dim=-1) > reach / 2
         if reach and bool(far.any()):
             bank.rebase(torch.where(far[:, None], here, bank.anchor))
+
+
+def _rest(chunks: Sequence[Chunk], groups: list[list[int]]) -> list[int]:
+    return sorted(set(range(len(chunks))).difference(*groups))
+
+
+def _rows(
+    stable: Stable, chunks: Sequence[Chunk], contexts: list[Context]
+) -> tuple[list[Row], Float[Tensor, "rows T C h w"]]:
+    """The rows of a pass and their latents; idle ones, up to a power of two, repeat the first."""
+    rows = []
+    for chunk, context in zip(chunks, contexts, strict=True):
+        stall = stable.stall(chunk.bank)
+        assert stall is not None
+        rows.append(Row(chunk.bank, stall.start, context))
+    idle = (1 << (len(rows) - 1).bit_length()) - len(rows)
+    latents = [chunk.latents for chunk in chunks]
+    return rows + rows[:1] * idle, torch.cat(latents + latents[:1] * idle)

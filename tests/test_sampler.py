@@ -104,7 +104,11 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("guidance", [None, 2.0])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_company_changes_nothing(
-    name: str, guidance: float | None, options: dict, model: Callable[[str], WorldModel]
+    name: str,
+    guidance: float | None,
+    options: dict,
+    model: Callable[[str], WorldModel],
+    passes: list[int],
 ) -> None:
     sampler = sampler_of(model(name), guidance=guidance, graphs="eager", **options)
     stable = sampler.new_stable(3 * (ROOM + model(name).config.chunk))
@@ -112,8 +116,10 @@ def test_company_changes_nothing(
     for _ in range(2):
         chunks = [chunk_behind(sampler, bank, i) for i, bank in enumerate(banks)]
         got = sampler.generate_together(stable, chunks)
-        for chunk, latents in zip(chunks, got, strict=True):
-            sampler.write(chunk.bank, latents, chunk.conditions)
+        clean = [one._replace(latents=latents) for one, latents in zip(chunks, got, strict=True)]
+        passes.clear()
+        sampler.write_together(stable, clean)
+        assert passes == [4 * T]
     assert list(stable.engines) == [4]
     assert_alike(got, alone(sampler, chunks=2))
 
@@ -189,8 +195,9 @@ def test_a_full_history_is_told_before_anything_is_computed(
     chunks = [chunk_behind(sampler, banks[i], i) for i in (0, 2)]
     chunks.append(Chunk(banks[1], known, sampler.noise([1], range(T))))
     passes.clear()
-    with pytest.raises(UserError, match=f"the bank was made for {ROOM}"):
-        sampler.generate_together(stable, chunks)
+    for together in (sampler.generate_together, sampler.write_together):
+        with pytest.raises(UserError, match=f"the bank was made for {ROOM}"):
+            together(stable, chunks)
     assert not passes
 
 
@@ -206,6 +213,13 @@ def test_without_an_engine_worlds_take_turns(
     )
     assert passes == [2 * T] * 9
     assert_alike(got, alone(sampler))
+    passes.clear()
+    for bank, i in zip(banks, range(3), strict=True):
+        bank.truncate(LENGTHS[i])
+    chunks = [chunk_behind(sampler, bank, i) for i, bank in enumerate(banks)]
+    sampler.write_together(stable, chunks)
+    assert passes == [T] * 3
+    assert [bank.length for bank in banks] == [length + T for length in LENGTHS]
 
 
 @pytest.mark.gpu
@@ -222,7 +236,11 @@ def test_company_replays_graphs(name: str, options: dict) -> None:
         banks = stalled(one, stable)
         chunks = [chunk_behind(one, bank, i) for i, bank in enumerate(banks)]
         # Three rows and two, by turns: their graphs share memory.
-        made.append([one.generate_together(stable, part) for part in (chunks, chunks[1:], chunks)])
+        dreams = [one.generate_together(stable, part) for part in (chunks, chunks[1:], chunks)]
+        clean = [one._replace(latents=x) for one, x in zip(chunks, dreams[0], strict=True)]
+        one.write_together(stable, clean)
+        chunks = [chunk_behind(one, bank, i) for i, bank in enumerate(banks)]
+        made.append([*dreams, one.generate_together(stable, chunks)])
     for got, expected in zip(*made, strict=True):
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.equal(mine, theirs)

@@ -270,16 +270,21 @@ def desk_plan(
     room: int,
     first: Int[Tensor, "rows"],
     length: Int[Tensor, "rows"],
+    writes: int = 0,
 ) -> Plan:
     """Chunks at a desk (`decmem.memory.arena`), a row each: the same tables for every length of the
     history from the window's on. The device knows how long it is, and in which run of slots.
 
-    The window sees, row after row, what lies before each chunk, and then the chunks.
+    The window sees, row after row, what lies before each chunk, and then the chunks. Where it
+    `writes`, clean latents see each other by so many, and nothing is predicted.
     """
-    near = window_before(reach, chunk)
+    near = window_before(reach, min(writes, chunk) or chunk)
     assert near is not None
-    plan, rows = joint_plan(reach, near, 0, 1, chunk, branches), len(length)
-    T = branches * chunk
+    if writes:
+        plan = bank_plan(reach, near, chunk, writes, writes=True)
+    else:
+        plan = joint_plan(reach, near, 0, 1, chunk, branches)
+    rows, T = len(length), branches * chunk
     own = torch.zeros(T, T, dtype=torch.bool)
     seen = plan.candidates[:, near:]
     own[:, : seen.shape[1]] = seen
@@ -292,7 +297,7 @@ def desk_plan(
         0,
         plan.candidates,
         rows * near,
-        0,
+        rows * plan.predicted,
         plan.unsteered,
         Cursor(first, length, room, own.to(length.device)),
     )

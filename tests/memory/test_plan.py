@@ -170,6 +170,38 @@ def test_a_plan_at_a_desk_is_the_plan_of_every_length(reach: Reach, branches: in
         assert torch.equal(desk.lists_for_all(lists, blocks), plan.lists_for_all(lists, blocks))
 
 
+@every_reach
+@pytest.mark.parametrize("writes", [0, 1, 2, 4])
+def test_rows_at_a_desk_see_their_own_run(reach: Reach, writes: int) -> None:
+    chunk, blocks, rooms = 3, 2, (12, 17)
+    near = window_before(reach, min(writes, chunk) or chunk)
+    if near is None:
+        return
+    first, length = torch.tensor([0, 12]), torch.tensor([near + 2, near + 5])
+    desk = desk_plan(reach, chunk, 1, max(rooms), first, length, writes)
+    assert (desk.rows, desk.history) == (2, 2 * near)
+    assert desk.predicted == (2 * chunk if writes else 0)
+    desk.prepare(blocks, torch.empty(1, 1, 2 * chunk, 4, 4))
+    seen = desk.block_candidates(blocks, torch.device("cpu"))
+    for row, history in enumerate(length.tolist()):
+        plan = bank_plan(reach, history, chunk, writes or chunk)
+        local, candidates = tables(plan, history + chunk)
+        expected = candidates.repeat_interleave(blocks, 0).repeat_interleave(blocks, 1)
+        assert torch.equal(seen[row, 0, :, : expected.shape[1]], expected)
+        assert not seen[row, 0, :, expected.shape[1] :].any()
+        # The window of all rows: what lies before each, then the chunks.
+        rows = desk.windows.table[row * chunk : (row + 1) * chunk]
+        before = slice(row * near, (row + 1) * near)
+        own = slice(2 * near + row * chunk, 2 * near + (row + 1) * chunk)
+        assert torch.equal(rows[:, before], local[:, history - near : history])
+        assert torch.equal(rows[:, own], local[:, history:])
+        assert rows.sum() == local.sum()
+    pool = torch.arange(29.0 * blocks)[None, None, :, None]
+    runs = desk.cursor.runs_of(pool, blocks) if desk.cursor else pool
+    assert runs[0, 0, :, 0].tolist() == list(range(17 * blocks))
+    assert runs[1, 0, :, 0].tolist() == list(range(12 * blocks, 29 * blocks))
+
+
 def test_unsteered_latents_may_read_the_lists_of_the_steered_ones() -> None:
     plan = joint_plan(REACHES["paper"], 3, 1, 1, 1, branches=2)
     # Two blocks a latent; own blocks are 8 and 9, those of the unsteered latent 10 and 11.
