@@ -89,7 +89,9 @@ class RolloutBench:
 
     def _sampler(self, model: WorldModel, history: int, random: bool) -> Sampler:
         steps = self.steps or self.experiment.sampler.steps
-        recall, run = Recall(), dataclasses.replace(self.running, room=history + self.latents)
+        branches = 1 if self.guidance is None else 2
+        room = history + branches * self.latents
+        recall, run = Recall(), dataclasses.replace(self.running, room=room)
         if random:
             # Both branches draw their own, and every step selects before it is given them.
             run = dataclasses.replace(run, retrieve_until=None, share_lists=False)
