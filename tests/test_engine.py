@@ -2,7 +2,9 @@
 history, and retrieval is reused and shared where asked."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -10,103 +12,40 @@ from torch import Tensor
 
 from decmem import flow
 from decmem.engine import Engine
-from decmem.memory import Bank, KeptLists, Lens, PositionConfig, Reach, Recall
+from decmem.memory import Bank, KeptLists, Lens, bank_plan
 from decmem.memory.quantised import FP8
 from decmem.memory.sparse_global import SparseGlobalMemory
-from decmem.model import Conditions, ModelConfig, WorldModel, initialise
-from decmem.sampler import Running, Sampler
+from decmem.model import Conditions, WorldModel
+from decmem.sampler import Sampler
 
-POCKET = ModelConfig(
-    size=(48, 80),  # blocks of different sizes
-    latent_channels=4,
-    width=52,
-    layers=2,
-    ffn_multiple=2,
-    time_width=16,
-    position=PositionConfig(
-        camera=8, space=8, time=4, surface=6, space_base=100.0, time_base=100.0, global_time=False
-    ),
-)
-POCKET = dataclasses.replace(
-    POCKET,
-    reading=dataclasses.replace(POCKET.reading, reach=Reach(2, write_chunk=1), retrieved=5),
-)
-PAPER = dataclasses.replace(
-    POCKET,
-    reading=dataclasses.replace(
-        POCKET.reading,
-        reach=Reach(6, window_includes_chunk=True, own_candidates=True),
-        per_head=True,
-    ),
-    position=dataclasses.replace(POCKET.position, global_time=True),
-    rays=False,
-    patch_position=False,
-)
-WINDOW = dataclasses.replace(PAPER, memory="window")
-CONFIGS = {"pocket": POCKET, "paper": PAPER, "window": WINDOW}
-T = 2
-
-
-def awake(config: ModelConfig, device: str = "cpu") -> WorldModel:
-    """Random parameters everywhere: fresh branches are silent."""
-    model = WorldModel(config)
-    initialise(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval().requires_grad_(False).to(device)
-
-
-def way(config: ModelConfig, latents: int, device: torch.device) -> Conditions:
-    """Actions and cameras of a turn on the spot that drifts."""
-    frames = torch.arange(latents * 4, dtype=torch.float64)
-    cos, sin, zero = (0.1 * frames).cos(), (0.1 * frames).sin(), torch.zeros_like(frames)
-    rotation = torch.stack((cos, zero, sin, zero, zero + 1, zero, -sin, zero, cos), -1)
-    cameras = torch.eye(4, dtype=torch.float64).repeat(len(frames), 1, 1)
-    cameras[:, :3, :3] = rotation.unflatten(-1, (3, 3))
-    cameras[:, :3, 3] = torch.stack((0.2 * frames, zero, -0.1 * frames), -1)
-    generator = torch.Generator().manual_seed(2)
-    return Conditions(
-        torch.randn(1, latents, 4, config.actions, generator=generator),
-        cameras.view(1, latents, 4, 4, 4),
-        torch.tensor([1.4, 2.1, 0.0, 0.1]).expand(1, latents, 4),
-        torch.arange(latents),
-    ).to(device)
-
-
-def sampler_of(
-    model: WorldModel, steps: int = 3, guidance: float | None = 2.0, **running: object
-) -> Sampler:
-    times = flow.sampling_times(flow.FlowConfig(), steps)
-    dtype = torch.float32 if model.head.weight.device.type == "cpu" else torch.bfloat16
-    return Sampler(model, times, guidance, dtype, Recall(), Running(**running))  # pyright: ignore[reportArgumentType]
+from .dreams import CONFIGS, PAPER, POCKET, RETRIEVALS, T, awake, dreamt, sampler_of, way
 
 
 @torch.no_grad()
-def dreamt(
-    sampler: Sampler,
-    known: int = 6,
-    chunks: int = 3,
-    lens: Lens | None = None,
-    defer: bool = False,
-) -> tuple[Tensor, Bank]:
-    """Chunk after chunk behind random latents, the write passes included."""
-    model = sampler.model
-    conditions = way(model.config, known + T * chunks, sampler.device)
-    bank = sampler.new_bank(torch.zeros(1, 3))
-    past = sampler.noise([7], range(known))
-    sampler.write(bank, past, conditions[:known])
-    made, owed = [], None
-    for i in range(chunks):
-        part = slice(known + i * T, known + (i + 1) * T)
-        noise = sampler.noise([1], range(part.start, part.stop))
-        made.append(sampler.generate(bank, conditions[part], noise, lens, owed))
-        if defer:
-            owed = (made[-1], conditions[part])
-        else:
-            sampler.write(bank, made[-1], conditions[part])
-    return torch.cat(made, 1), bank
+def one_by_one(sampler: Sampler, bank: Bank, conditions: Conditions, noise: Tensor) -> Tensor:
+    """A chunk whose branches are passes of their own, one after the other: the definition."""
+    model, worlds = sampler.model, len(noise)
+    plan = bank_plan(model.config.reading.reach, bank.length, T, T)
+    nobody = torch.zeros(worlds, dtype=torch.bool, device=noise.device)
+    contexts = model.context(conditions, bank), model.context(conditions, bank, nobody)
+    steered, free = KeptLists(), KeptLists()
+    until = sampler.running.retrieve_until
+
+    def velocity(z: Tensor, t: float) -> Tensor:
+        find = until is None or sampler.times.index(t) < until
+        second = steered if sampler.running.share_lists else free
+        at = torch.full((worlds, T), t, device=noise.device)
+        v = []
+        for context, kept, finds in (
+            (contexts[0], steered, find),
+            (contexts[1], second, find and second is free),
+        ):
+            recall = dataclasses.replace(sampler.recall, kept=kept.start(finds))
+            v.append(model(z.to(sampler.dtype), at, context, plan, bank, recall))
+        assert sampler.guidance is not None
+        return flow.guide(*v, sampler.guidance)
+
+    return flow.solve(velocity, noise, sampler.times)
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +55,15 @@ def model() -> Callable[[str], WorldModel]:
 
 
 class Retrievals:
-    """Counts how often layers retrieved."""
+    """Counts the latents that layers retrieved for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         plain = SparseGlobalMemory.retrieve
 
-        def counted(*args: object, **options: object) -> Tensor:
-            self.count += 1
-            return plain(*args, **options)  # pyright: ignore[reportArgumentType]
+        def counted(memory: SparseGlobalMemory, q: Tensor, *args: object) -> Tensor:
+            self.count += q.shape[2]
+            return plain(memory, q, *args)  # pyright: ignore[reportArgumentType]
 
         monkeypatch.setattr(SparseGlobalMemory, "retrieve", counted)
 
@@ -134,30 +73,72 @@ class Retrievals:
 def test_the_engine_is_the_plain_pass(
     name: str, guidance: float | None, model: Callable[[str], WorldModel]
 ) -> None:
-    plain, _ = dreamt(sampler_of(model(name), guidance=guidance, graphs="off"))
+    plain, known = dreamt(sampler_of(model(name), guidance=guidance, graphs="off"))
     got, bank = dreamt(sampler_of(model(name), guidance=guidance, graphs="eager", room=30))
     assert isinstance(bank.engine, Engine)
+    assert bank.engine.writer is not None
     assert plain.std() > 0.1
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
+    stored, expected = (one.layers[-1].read(slice(6, 12), torch.float32) for one in (bank, known))
+    for mine, theirs in zip(stored, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_latents_may_be_written_in_smaller_chunks_than_they_are_dreamt_in() -> None:
+    reach = dataclasses.replace(PAPER.reading.reach, write_chunk=1)
+    reading = dataclasses.replace(PAPER.reading, reach=reach)
+    singly = awake(dataclasses.replace(PAPER, reading=reading))
+    plain, _ = dreamt(sampler_of(singly, graphs="off"))
+    got, bank = dreamt(sampler_of(singly, graphs="eager"))
+    assert isinstance(bank.engine, Engine)
+    assert bank.engine.writer is not None
+    assert bank.engine.writer.near > bank.engine.near
+    torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("worlds", [1, 2])
+@pytest.mark.parametrize("options", RETRIEVALS, ids=str)
+@pytest.mark.parametrize("graphs", ["off", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_branches_in_one_pass_are_one_pass_each(
+    name: str, graphs: str, options: dict, worlds: int, model: Callable[[str], WorldModel]
+) -> None:
+    sampler = sampler_of(model(name), **options, graphs=graphs)
+    got, bank = dreamt(sampler, chunks=2, worlds=worlds)
+    conditions = way(model(name).config, 10, sampler.device, worlds)
+    bank.truncate(8)
+    noise = sampler.noise(range(1, 1 + worlds), [8, 9])
+    expected = one_by_one(sampler, bank, conditions[8:], noise)
+    torch.testing.assert_close(got[:, T:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_lens_watches_the_branch_with_actions(model: Callable[[str], WorldModel]) -> None:
+    for name, graphs in product(("pocket", "paper"), ("off", "eager")):
+        alone, both = Lens(), Lens()
+        for guidance, lens in ((None, alone), (2.0, both)):
+            dreamt(sampler_of(model(name), 1, guidance, graphs=graphs), chunks=1, lens=lens)
+        assert all(torch.equal(*lists) for lists in zip(alone.lists, both.lists, strict=True))
+        torch.testing.assert_close(both.strengths(), alone.strengths(), atol=1e-5, rtol=1e-5)
 
 
 def test_one_engine_serves_every_length_until_the_arena_moves(
     model: Callable[[str], WorldModel],
 ) -> None:
-    sampler = sampler_of(model("paper"), graphs="eager", room=10)
+    sampler = sampler_of(model("paper"), graphs="eager", room=8)
     engines: list[object] = []
     plain, _ = dreamt(sampler_of(model("paper"), graphs="off"), chunks=5)
     made = Engine.begin
 
     def begun(engine: Engine, *args: object) -> None:
-        engines.append(engine)
+        if engine.plan.predicted == 0:  # those that write aside
+            engines.append(engine)
         made(engine, *args)  # pyright: ignore[reportArgumentType]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "begin", begun)
         got, _ = dreamt(sampler, chunks=5)
     assert engines[0] is engines[1]
-    assert engines[1] is not engines[2]  # 12 latents do not fit 10
+    assert engines[1] is not engines[2]  # 10 latents and two chunks do not fit 8 + 4
     assert engines[2] is engines[3] is engines[4]
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
@@ -187,12 +168,10 @@ def test_too_short_a_history_takes_the_plain_pass(model: Callable[[str], WorldMo
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("until", [None, 1])
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("options", RETRIEVALS, ids=str)
 def test_passes_that_write_and_lenses_change_nothing(
-    until: int | None, share: bool, model: Callable[[str], WorldModel]
+    options: dict, model: Callable[[str], WorldModel]
 ) -> None:
-    options = {"retrieve_until": until, "share_lists": share}
     plain, _ = dreamt(sampler_of(model("pocket"), **options, graphs="off"), defer=True)
     lens = Lens()
     engine = sampler_of(model("pocket"), **options, graphs="eager")
@@ -234,8 +213,8 @@ def test_layers_retrieve_as_often_as_asked(
 ) -> None:
     counter = Retrievals(monkeypatch)
     dreamt(sampler_of(model("paper"), **options, graphs=graphs), chunks=2)
-    writes = (PAPER.layers - 1) * (1 + 2)  # the last layer only remembers
-    assert counter.count - writes == 2 * passes * PAPER.layers
+    writes = (PAPER.layers - 1) * (6 + 2 * T)  # the last layer only remembers
+    assert counter.count - writes == 2 * T * passes * PAPER.layers
 
 
 @pytest.mark.parametrize("graphs", ["off", "eager"])
@@ -294,8 +273,12 @@ def test_no_step_waits_for_the_device() -> None:
     engine = bank.engine
     assert isinstance(engine, Engine)
     noise = sampler.noise([1], range(T)).float()
-    torch.cuda.set_sync_debug_mode("error")
+    before = torch.cuda.get_sync_debug_mode()
     try:
-        engine.velocity(bank, noise, 1.0, (True, True))
+        with warnings.catch_warnings():
+            # PyTorch says of the mode itself that it is a prototype.
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+        engine.velocity(bank, noise, 1.0, True)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(before)

@@ -36,7 +36,7 @@ class RandomLists(KeptLists):
     """Retrieves as ever and hands out other lists: as many blocks, drawn uniformly, ascending.
 
     Args:
-        blocks: of the history. calls: layers times branches, which all draw their own.
+        blocks: of the history. calls: layers, which all draw their own.
         count: blocks a list may have.
     """
 
@@ -52,4 +52,7 @@ class RandomLists(KeptLists):
             chance = torch.rand(*found.shape[:3], self.blocks, generator=draw, device=found.device)
             best = chance.topk(min(self.count, self.blocks), dim=-1).indices
             self.lists.append(best.sort(-1).values.to(torch.int32))
-        return self.lists[call]
+        drawn = self.lists[call]
+        # A write pass asks for one branch where a denoising pass asks for two.
+        asked = found.shape[2]
+        return drawn if drawn.shape[2] == asked else drawn[:, :, :asked]

@@ -89,16 +89,19 @@ class RolloutBench:
 
     def _sampler(self, model: WorldModel, history: int, random: bool) -> Sampler:
         steps = self.steps or self.experiment.sampler.steps
-        recall, run = Recall(), dataclasses.replace(self.running, room=history + self.latents)
+        branches = 1 if self.guidance is None else 2
+        room = history + branches * self.latents
+        recall, run = Recall(), dataclasses.replace(self.running, room=room)
         if random:
-            # Every branch draws its own, and every step selects before it is given them.
+            # Both branches draw their own, and every step selects before it is given them.
             run = dataclasses.replace(run, retrieve_until=None, share_lists=False)
             config = model.config
-            branches = 1 if self.guidance is None else 2
-            blocks, calls = history * model.layout.M, config.layers * branches
-            recall = Recall(
-                kept=RandomLists(blocks=blocks, calls=calls, count=config.reading.retrieved)
+            drawn = RandomLists(
+                blocks=history * model.layout.M,
+                calls=config.layers,
+                count=config.reading.retrieved,
             )
+            recall = Recall(kept=drawn)
         times = flow.sampling_times(self.experiment.flow, steps)
         return Sampler(model, times, self.guidance, self.dtype, recall, run)
 
@@ -161,14 +164,16 @@ class RolloutBench:
         return row, seen
 
     def _fetched(self, sampler: Sampler, bank: Bank, steering: Conditions) -> dict[str, Any]:
-        """Blocks that one pass fetches: the mean over layers, the fewest and the most."""
+        """Blocks that a branch of one pass fetches: mean over layers, the fewest and the most."""
         chosen = sampler.recall.kept
         if isinstance(chosen, RandomLists):
+            one_branch = slice(self.latents * bank.layout.M)
+            drawn = [lists[:, :, one_branch] for lists in chosen.lists]
             distinct = [
                 sum(len(head.unique()) for head in lists.flatten(0, 1)) / lists.shape[1]
-                for lists in chosen.lists
+                for lists in drawn
             ]
-            listed = chosen.lists[0].shape[-1] * chosen.lists[0].shape[-2]
+            listed = drawn[0].shape[-1] * drawn[0].shape[-2]
         else:
             watched = WatchedLists()
             once = dataclasses.replace(

@@ -59,17 +59,21 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Desk:
-    """Where one chunk is worked on while its place behind the history is known to the device alone.
+    """Where chunks are worked on while their place behind the history is known to the device alone.
 
     All shapes and addresses stay as they are while the history grows, as CUDA graphs ask for.
 
     Attributes:
-        slots: arena slots of the chunk's latents. blocks: those of its blocks.
-        keys, values: what the local window reaches, the chunk at work last.
+        near: arena slots of the history that the local window reaches.
+        slots: those of the pass's latents; None where nobody may retrieve them.
+        blocks: those of its blocks.
+        keys, values: what the local window reaches, the pass's own last. All layers use them in
+            turn.
     """
 
-    slots: Int[Tensor, "T"]
-    blocks: Int[Tensor, "TM"]
+    near: Int[Tensor, "near"]
+    slots: Int[Tensor, "T"] | None
+    blocks: Int[Tensor, "TM"] | None
     keys: Float[Tensor, "B H window S D"]
     values: Float[Tensor, "B H window S D"]
 
@@ -78,8 +82,8 @@ class Desk:
 class LayerBank:
     """One layer's arena. `length` latents are history; scales belong to storage in 8 bits.
 
-    `limit` latents are all it may ever hold, None sets no limit. At a `desk`, staging follows the
-    device's cursor instead of `length`.
+    `limit` latents are all that may ever be history, None sets no limit. At a `desk`, staging
+    follows the device's cursor instead of `length`.
     """
 
     keys: Tensor
@@ -133,37 +137,46 @@ class LayerBank:
         return quantise(x) if self.keys.dtype == FP8 else (x.to(self.keys.dtype), None)
 
     def stage(
-        self, k: Float[Tensor, "B H T S D"], v: Float[Tensor, "B H T S D"], layout: TokenLayout
+        self,
+        k: Float[Tensor, "B H T S D"],
+        v: Float[Tensor, "B H T S D"],
+        layout: TokenLayout,
+        passing: int = 0,
     ) -> None:
-        """Puts a chunk behind the history; a later stage overwrites it unless committed."""
-        blocks = k.reshape(*k.shape[:2], -1, layout.P, k.shape[-1])
-        pooled = pool_blocks(blocks, layout.valid_on(k.device))
+        """Puts a pass behind the history; a later stage overwrites it unless committed.
+
+        The last `passing` latents never will be, and do not count against the limit.
+        """
         parts = (*self._stored(k), *self._stored(v))
         if self.desk is not None:
-            self._stage_at_desk(self.desk, parts, pooled, k.dtype)
+            self._stage_at_desk(self.desk, parts, k, layout)
             return
         end = self.length + k.shape[2]
-        if end > self.room:
-            self.grow(end, layout.M)
+        self.reserve(end, layout.M, passing)
         here = slice(self.length, end)
         for place, part in zip(self._places, parts, strict=True):
             if place is not None and part is not None:
                 place[:, :, here] = part
-        self.pooled[:, :, self.length * layout.M : end * layout.M] = pooled
+        self.pooled[:, :, self.length * layout.M : end * layout.M] = _pooled(k, layout)
 
     def _stage_at_desk(
-        self, desk: Desk, parts: tuple[Tensor | None, ...], pooled: Tensor, dtype: torch.dtype
+        self, desk: Desk, parts: tuple[Tensor | None, ...], given: Tensor, layout: TokenLayout
     ) -> None:
-        for place, part in zip(self._places, parts, strict=True):
-            if place is not None and part is not None:
-                _put(place, desk.slots, part)
-        self.pooled.index_copy_(2, desk.blocks, pooled)
+        if desk.slots is not None and desk.blocks is not None:
+            for place, part in zip(self._places, parts, strict=True):
+                if place is not None and part is not None:
+                    _put(place, desk.slots, part)
+            self.pooled.index_copy_(2, desk.blocks, _pooled(given, layout))
         k, k_scale, v, v_scale = parts
         assert k is not None
         assert v is not None
-        T = len(desk.slots)
-        desk.keys[:, :, -T:] = restore(k, k_scale, dtype)
-        desk.values[:, :, -T:] = restore(v, v_scale, dtype)
+        near = len(desk.near)
+        for window, stored, scale, own, own_scale in (
+            (desk.keys, self.keys, self.key_scale, k, k_scale),
+            (desk.values, self.values, self.value_scale, v, v_scale),
+        ):
+            _take(stored, scale, desk.near, window[:, :, :near])
+            window[:, :, near:] = restore(own, own_scale, window.dtype)
 
     @property
     def _places(self) -> tuple[Tensor | None, ...]:
@@ -203,21 +216,25 @@ class LayerBank:
             found.append(room)
         return found[0], found[1]
 
-    def grow(self, latents: int, blocks: int) -> None:
-        """Moves to larger arenas, whole segments of latents.
+    def reserve(self, latents: int, blocks: int, passing: int = 0) -> None:
+        """Moves to larger arenas, whole segments of latents, where there is no room for so many;
+        `passing` as in `stage`.
 
         Raises:
             UserError: beyond the limit, and where the device has no room.
         """
+        lasting = latents - passing
+        if self.limit is not None and lasting > self.limit:
+            raise UserError(
+                "history",
+                f"{lasting} latents, the bank was made for {self.limit}",
+                "Rewind, or make the bank for more",
+            )
+        if latents <= self.room:
+            return
         room = -(-latents // _SEGMENT) * _SEGMENT
         if self.limit is not None:
-            if latents > self.limit:
-                raise UserError(
-                    "history",
-                    f"{latents} latents, the bank was made for {self.limit}",
-                    "Rewind, or make the bank for more",
-                )
-            room = min(room, self.limit)
+            room = min(room, self.limit + passing)
         for name, old in self.arenas():
             per_latent = blocks if name == "pooled" else 1
             shape = (*old.shape[:2], room * per_latent, *old.shape[3:])
@@ -225,6 +242,15 @@ class LayerBank:
             kept = self.length * per_latent
             new[:, :, :kept] = old[:, :, :kept]
             setattr(self, name, new)
+
+    def run(self, first: int, room: int, limit: int, blocks: int) -> "LayerBank":
+        """`room` slots from `first` on as a bank of their own, without history."""
+        part = replace(self, length=0, limit=limit, desk=None)
+        for name, stored in self.arenas():
+            per_latent = blocks if name == "pooled" else 1
+            slots = slice(first * per_latent, (first + room) * per_latent)
+            setattr(part, name, stored[:, :, slots])
+        return part
 
     def fork(self, scratch: Scratch) -> "LayerBank":
         """An independent copy, at no desk."""
@@ -238,12 +264,32 @@ def _cut(scale: Tensor | None, part: slice) -> Tensor | None:
     return None if scale is None else scale[:, :, part]
 
 
-def _put(place: Tensor, slots: Tensor, part: Tensor) -> None:
-    """`place[:, :, slots] = part`, eight bytes at a time where rows are whole multiples of them:
-    what copies by index goes number by number, and not in 8 bits at all."""
+def _pooled(k: Tensor, layout: TokenLayout) -> Float[Tensor, "B H TM D"]:
+    blocks = k.reshape(*k.shape[:2], -1, layout.P, k.shape[-1])
+    return pool_blocks(blocks, layout.valid_on(k.device))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Eight bytes at a time where rows are whole multiples of them: what copies by index goes
+    number by number, and not in 8 bits at all."""
     for wide in (torch.int64, torch.int32, torch.int16):
-        if part.shape[-1] * part.element_size() % wide.itemsize == 0:
-            part = part.contiguous().view(wide)
-            place = place.view(wide)
-            break
-    place.index_copy_(2, slots, part)
+        if x.shape[-1] * x.element_size() % wide.itemsize == 0:
+            return wide
+    return x.dtype
+
+
+def _put(place: Tensor, slots: Tensor, part: Tensor) -> None:
+    """`place[:, :, slots] = part`."""
+    wide = _wide(part)
+    place.view(wide).index_copy_(2, slots, part.contiguous().view(wide))
+
+
+def _take(stored: Tensor, scale: Tensor | None, slots: Tensor, out: Tensor) -> None:
+    """`stored[:, :, slots]` as numbers of the type of `out`, into it."""
+    wide = _wide(stored)
+    if stored.dtype == out.dtype:
+        torch.index_select(stored.view(wide), 2, slots, out=out.view(wide))
+        return
+    taken = stored.view(wide).index_select(2, slots).view(stored.dtype)
+    scale = None if scale is None else scale.index_select(2, slots)
+    out.copy_(restore(taken, scale, out.dtype))

@@ -47,8 +47,9 @@ class Bank:
         batch: worlds side by side, all of one length.
         anchor: (B, 3) point of the world that cameras are held relative to, float64.
         dtype: of stored keys and values; fp8 keeps a scale per token, and reading dequantises.
-        room: latents to reserve; the arena grows by segments beyond it.
-        limit: latents it will ever hold; None grows as far as the device has room.
+        room: latents to reserve, those at work behind the history included; the arena grows by
+            segments beyond it.
+        limit: latents of history it will ever hold; None grows as far as the device has room.
 
     Raises:
         UserError: for a dtype that nothing is stored in, and where the device has no room.
@@ -74,7 +75,7 @@ class Bank:
         self.layout = layout
         self.anchor = anchor.double().cpu()
         place = torch.device(device)
-        shape = (batch, heads, room if limit is None else min(room, limit), layout.S)
+        shape = (batch, heads, room, layout.S)
         scratch = Scratch()
         self.layers = [
             LayerBank.empty((*shape, position.head_dim), layout.M, dtype, place, limit, scratch)
@@ -107,15 +108,14 @@ class Bank:
         """Of stored keys and values."""
         return self.layers[0].keys.dtype
 
-    def reserve(self, latents: int) -> None:
-        """Room for so many latents in all layers.
+    def reserve(self, latents: int, passing: int = 0) -> None:
+        """Room for so many latents in all layers, the last `passing` of which only pass through.
 
         Raises:
             UserError: beyond the limit, and where the device has no room.
         """
         for layer in self.layers:
-            if layer.room < latents:
-                layer.grow(latents, self.layout.M)
+            layer.reserve(latents, self.layout.M, passing)
 
     def commit(
         self,
@@ -197,6 +197,16 @@ class Bank:
                 per_latent = self.layout.M if name == "pooled" else 1
                 part = stored[:, :, : swapped * per_latent]
                 part.copy_(part[order.to(part.device)])
+
+    def run(self, first: int, room: int, limit: int, anchor: Float[Tensor, "B 3"]) -> "Bank":
+        """`room` of its slots from `first` on as an empty bank of at most `limit` latents."""
+        part = object.__new__(Bank)
+        part.__dict__.update(self.__dict__)
+        part.anchor = anchor.double().cpu()
+        part.layers = [layer.run(first, room, limit, self.layout.M) for layer in self.layers]
+        part.engine = None
+        part.truncate(0)
+        return part
 
     def fork(self) -> "Bank":
         """An independent copy."""

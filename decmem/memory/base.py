@@ -41,12 +41,14 @@ class Recall:
         retrieved: k for this pass; None takes the trained one.
         lens: watches what is read; None costs nothing.
         kept: lists kept from pass to pass; None retrieves anew.
+        shared: guidance's unsteered latents read the lists of the steered ones.
     """
 
     global_memory: bool = True
     retrieved: int | None = None
     lens: Lens | None = None
     kept: KeptLists | None = None
+    shared: bool = False
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Memory(nn.Module):
         """Keys and values that may be read, the pass's own among them."""
         if reading.bank is None:
             return coded.k, coded.v
-        reading.bank.stage(coded.k, coded.v, self.layout)
+        reading.bank.stage(coded.k, coded.v, self.layout, reading.plan.unsteered)
         pool = reading.plan.history + coded.k.shape[2]
         return reading.bank.pool(pool, coded.k.dtype)
 

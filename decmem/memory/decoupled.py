@@ -6,6 +6,7 @@ from decmem.memory.anchored_local import AnchoredLocalMemory
 from decmem.memory.base import Memory, MemoryConfig, Reading
 from decmem.memory.coding import Coded, heads_first, opened
 from decmem.memory.layout import TokenLayout
+from decmem.memory.lens import Lens
 from decmem.memory.position import PositionConfig
 from decmem.memory.sparse_global import SparseGlobalMemory
 
@@ -31,21 +32,56 @@ class DecoupledMemory(Memory):
         o_alm = self.anchored_local(*self.window(reading, coded, k, v), reading.plan.windows)
         if not reading.recall.global_memory:
             return self.decode(reading, o_alm)
-        candidates = reading.plan.block_candidates(self.layout.M, k.device)
-        if reading.bank is None:
-            pooled = self.sparse_global.pool(k[:, :, : candidates.shape[1] // self.layout.M])
-        else:
-            pooled = reading.bank.pooled[:, :, : candidates.shape[1]]
-
-        def retrieve() -> Tensor:
-            count = reading.recall.retrieved
-            return self.sparse_global.retrieve(coded.q, pooled, candidates, count)
-
-        lists = retrieve() if reading.recall.kept is None else reading.recall.kept(retrieve)
+        lists = self._lists(reading, coded, k)
         o_sgm = self.sparse_global(coded.q, k, v, lists)
         gate = self.gate_logits(reading)
         if reading.recall.lens is not None:
-            heads, D = k.shape[1], self.position.head_dim
-            local, far = (heads_first(self.decode(reading, o), D) for o in (o_alm, o_sgm))
-            reading.recall.lens.watch(self.layout, lists, local, opened(gate, heads) * far)
+            self._watch(reading, reading.recall.lens, lists, o_alm, o_sgm, gate)
         return self.decode(reading, o_alm, o_sgm, gate)
+
+    def _lists(self, reading: Reading, coded: Coded, k: Tensor) -> Tensor:
+        """What every block of the pass reads: (B, G, Nq, K)."""
+        recall = reading.recall
+
+        def retrieve() -> Tensor:
+            return self._retrieved(reading, coded, k)
+
+        return retrieve() if recall.kept is None else recall.kept(retrieve)
+
+    def _retrieved(self, reading: Reading, coded: Coded, k: Tensor) -> Tensor:
+        plan, recall, M = reading.plan, reading.recall, self.layout.M
+        candidates = plan.block_candidates(M, k.device)
+        if reading.bank is None:
+            pooled = self.sparse_global.pool(k[:, :, : candidates.shape[-1] // M])
+        else:
+            pooled = reading.bank.pooled
+            if plan.cursor is not None and plan.rows > 1:
+                pooled = plan.cursor.runs_of(pooled, M)
+            pooled = pooled[:, :, : candidates.shape[-1]]
+        q, shared = plan.by_row(coded.q), recall.shared and plan.unsteered > 0
+        if shared:
+            q = q[:, :, : -plan.unsteered]
+            candidates = candidates[..., : q.shape[2] * M, :]
+        lists = self.sparse_global.retrieve(q, pooled, candidates, recall.retrieved)
+        if shared:
+            lists = plan.lists_for_all(lists, M)
+        if plan.cursor is not None and plan.rows > 1:
+            lists = plan.cursor.in_arena(lists, M)
+        return lists
+
+    def _watch(
+        self,
+        reading: Reading,
+        lens: Lens,
+        lists: Tensor,
+        o_alm: Tensor,
+        o_sgm: Tensor,
+        gate: Tensor,
+    ) -> None:
+        """Shows the lens all but the unsteered latents."""
+        heads, D = o_alm.shape[1], self.position.head_dim
+        steered = o_alm.shape[2] - reading.plan.unsteered
+        local, far = (heads_first(self.decode(reading, o), D) for o in (o_alm, o_sgm))
+        gated = opened(gate, heads) * far
+        lists = lists[:, :, : steered * self.layout.M]
+        lens.watch(self.layout, lists, local[:, :, :steered], gated[:, :, :steered])

@@ -37,6 +37,47 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """Where chunks at a desk (`decmem.memory.arena`) lie in an arena: the device alone knows.
+
+    A pass may have several rows, chunks of worlds that know nothing of each other. Each world has a
+    run of the arena's slots to itself, and slots and blocks count from its first.
+
+    Attributes:
+        first: slot where the run of each row begins. length: latents of its history.
+        room: slots of the longest run.
+        own: which of a row's own latents, in the slots behind the history, may be retrieved.
+    """
+
+    first: Int[Tensor, "rows"]
+    length: Int[Tensor, "rows"]
+    room: int
+    own: Bool[Tensor, "T T"]
+
+    @property
+    def rows(self) -> int:
+        return len(self.length)
+
+    def candidates(self) -> Bool[Tensor, "rows T room"]:
+        """Slots of its run that each latent of a row may retrieve."""
+        behind = torch.arange(self.room, device=self.length.device) - self.length[:, None]
+        last = len(self.own) - 1
+        own = self.own[:, behind.clamp(0, last)].transpose(0, 1)
+        return (behind < 0)[:, None] | (own & (behind <= last)[:, None])
+
+    def runs_of(self, x: Float[Tensor, "1 H slots D"], blocks: int) -> Float[Tensor, "rows H N D"]:
+        """The part of a pool that each row may see; behind a shorter run anything may follow."""
+        slots = torch.arange(self.room * blocks, device=x.device)
+        index = (self.first[:, None] * blocks + slots).clamp(max=x.shape[2] - 1)
+        return x[0].index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
+
+    def in_arena(self, lists: Int[Tensor, "rows G n K"], blocks: int) -> Int[Tensor, "1 G N K"]:
+        """Lists of blocks of the runs as lists of blocks of the arena, for one row of queries."""
+        first = self.first.to(lists.dtype)[:, None, None, None] * blocks
+        return torch.where(lists >= 0, lists + first, lists).transpose(0, 1).flatten(1, 2)[None]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Tables of one pass.
 
@@ -48,8 +89,10 @@ class Plan:
         history: latents of the pool that lie before the pass's own (0 in training).
         predicted: first query latent whose velocity is wanted; as many as there are queries
             where none is.
-        reachable, room: latents of an arena with so much room that may be retrieved, where the
-            device alone knows how many; None goes by `candidates`.
+        unsteered: latents at the end of the pass, or of each of its rows, that are the chunk before
+            them once more, for guidance. Both see the same history and themselves, and these are
+            never committed.
+        cursor: of chunks at a desk; None goes by `history` and `candidates`.
     """
 
     windows: WindowTable
@@ -57,8 +100,8 @@ class Plan:
     candidates: Bool[Tensor, "Tq Tc"]
     history: int = 0
     predicted: int = 0
-    reachable: Int[Tensor, "1"] | None = None
-    room: int = 0
+    unsteered: int = 0
+    cursor: Cursor | None = None
     _forms: dict = field(default_factory=dict, compare=False, repr=False)
 
     def prepare(self, blocks: int, q: Float[Tensor, "B H T S D"]) -> None:
@@ -67,22 +110,45 @@ class Plan:
         Args:
             blocks: of a latent. q: of the shape, type and device of the layers' queries.
         """
-        if self.reachable is not None:
+        if self.cursor is not None:
             # Once a pass, by the device's count as it is by then.
-            slots = torch.arange(self.room * blocks, device=q.device)
-            seen = (slots < self.reachable * blocks).expand(len(self.candidates) * blocks, -1)
-            self._forms[blocks, q.device] = seen
+            seen = _of_blocks(self.cursor.candidates(), blocks)
+            self._forms[blocks, q.device] = seen[0] if self.rows == 1 else seen[:, None]
         self.block_candidates(blocks, q.device)
         self.windows.prepare(q)
 
-    def block_candidates(self, blocks: int, device: torch.device) -> Bool[Tensor, "Nq Nk"]:
-        """`candidates` for `blocks` blocks a latent."""
+    @property
+    def rows(self) -> int:
+        """Worlds that lie side by side in the pass, as if they were latents of one."""
+        return 1 if self.cursor is None else self.cursor.rows
+
+    def by_row(self, q: Float[Tensor, "B H T S D"]) -> Float[Tensor, "rows H t S D"]:
+        """Queries row by row; those of one row as they are, with as many worlds as there are."""
+        return q if self.rows == 1 else q[0].unflatten(1, (self.rows, -1)).transpose(0, 1)
+
+    def block_candidates(
+        self, blocks: int, device: torch.device
+    ) -> Bool[Tensor, "Nq Nk"] | Bool[Tensor, "rows 1 Nq Nk"]:
+        """`candidates` for `blocks` blocks a latent, row by row where there are several."""
         if (blocks, device) not in self._forms:
-            table = self.candidates.to(device)
-            self._forms[blocks, device] = table.repeat_interleave(blocks, 0).repeat_interleave(
-                blocks, 1
-            )
+            self._forms[blocks, device] = _of_blocks(self.candidates.to(device), blocks)
         return self._forms[blocks, device]
+
+    def lists_for_all(self, lists: Int[Tensor, "B G n K"], blocks: int) -> Int[Tensor, "B G Nq K"]:
+        """Lists of all but the unsteered latents, and for these the chunk's once more: its own
+        blocks become theirs."""
+        chunk = self.unsteered * blocks
+        own = self.history + self.predicted
+        if self.cursor is not None:
+            own = self.cursor.length[:, None, None, None]
+        again = lists[:, :, -chunk:]
+        again = torch.where(again >= own * blocks, again + chunk, again)
+        return torch.cat((lists, again), 2)
+
+
+def _of_blocks(table: Bool[Tensor, "... Tq Tc"], blocks: int) -> Bool[Tensor, "... Nq Nk"]:
+    spread = table[..., :, None, :, None].expand(*table.shape[:-1], blocks, -1, blocks)
+    return spread.flatten(-4, -3).flatten(-2, -1)
 
 
 def _chunk_rows(reach: Reach, start: int, end: int, pool: int) -> tuple[Tensor, Tensor]:
@@ -97,12 +163,14 @@ def _chunk_rows(reach: Reach, start: int, end: int, pool: int) -> tuple[Tensor, 
     return local, candidates
 
 
-def _plan(local: Tensor, candidates: Tensor, history: int, predicted: int) -> Plan:
+def _plan(
+    local: Tensor, candidates: Tensor, history: int, predicted: int, unsteered: int = 0
+) -> Plan:
     first = int(local.any(0).nonzero()[0])
     # Latents nobody may retrieve (the noisy streams, the chunk at work) need no scores.
     reachable = candidates.any(0).nonzero()
     candidates = candidates[:, : int(reachable[-1]) + 1 if len(reachable) else 1]
-    return Plan(WindowTable(local[:, first:]), first, candidates, history, predicted)
+    return Plan(WindowTable(local[:, first:]), first, candidates, history, predicted, unsteered)
 
 
 @lru_cache(maxsize=64)
@@ -159,22 +227,33 @@ def bank_plan(reach: Reach, history: int, latents: int, chunk: int, writes: bool
     return _plan(local, candidates, history, latents if writes else 0)
 
 
-def joint_plan(reach: Reach, history: int, clean: int, write: int, chunk: int) -> Plan:
-    """`clean` latents that are written in chunks of `write`, and `chunk` noisy ones behind them.
+def joint_plan(
+    reach: Reach, history: int, clean: int, write: int, chunk: int, branches: int = 1
+) -> Plan:
+    """`clean` latents that are written in chunks of `write`, and a noisy chunk behind them.
 
-    Who sees whom is as in two passes, one after the other; velocities are those of the noisy ones.
+    With two `branches` the noisy chunk comes twice, with its actions and without. Who sees whom is
+    as in passes one after the other; velocities are those of the noisy latents.
     """
-    pool, parts = history + clean + chunk, []
-    for start in range(0, clean, write):
-        parts.append((start, min(start + write, clean)))
-    parts.append((clean, clean + chunk))
-    local = torch.zeros(clean + chunk, pool, dtype=torch.bool)
-    candidates = torch.zeros(clean + chunk, pool, dtype=torch.bool)
-    for start, end in parts:
-        local[start:end], candidates[start:end] = _chunk_rows(
-            reach, history + start, history + end, pool
+    start = history + clean
+    pool = start + branches * chunk
+    local = torch.zeros(pool - history, pool, dtype=torch.bool)
+    candidates = torch.zeros(pool - history, pool, dtype=torch.bool)
+    for first in range(0, clean, write):
+        last = min(first + write, clean)
+        local[first:last], candidates[first:last] = _chunk_rows(
+            reach, history + first, history + last, pool
         )
-    return _plan(local, candidates, history, clean)
+    own = slice(start, start + chunk)
+    for branch in range(branches):
+        shift = branch * chunk
+        rows = slice(clean + shift, clean + shift + chunk)
+        for table, row in zip(
+            (local, candidates), _chunk_rows(reach, own.start, own.stop, pool), strict=True
+        ):
+            table[rows, :start] = row[:start]
+            table[rows, own.start + shift : own.stop + shift] = row[own]
+    return _plan(local, candidates, history, clean, (branches - 1) * chunk)
 
 
 def window_before(reach: Reach, chunk: int) -> int | None:
@@ -184,10 +263,41 @@ def window_before(reach: Reach, chunk: int) -> int | None:
     return max(0, reach.window - chunk) if reach.window_includes_chunk else reach.window
 
 
-def desk_plan(reach: Reach, chunk: int, room: int, reachable: Int[Tensor, "1"]) -> Plan:
-    """A chunk at a desk (`decmem.memory.arena`): the same tables for every length of the history
-    from the window's on, with the latents that may be retrieved counted by the device."""
-    near = window_before(reach, chunk)
+def desk_plan(
+    reach: Reach,
+    chunk: int,
+    branches: int,
+    room: int,
+    first: Int[Tensor, "rows"],
+    length: Int[Tensor, "rows"],
+    writes: int = 0,
+) -> Plan:
+    """Chunks at a desk (`decmem.memory.arena`), a row each: the same tables for every length of the
+    history from the window's on. The device knows how long it is, and in which run of slots.
+
+    The window sees, row after row, what lies before each chunk, and then the chunks. Where it
+    `writes`, clean latents see each other by so many, and nothing is predicted.
+    """
+    near = window_before(reach, min(writes, chunk) or chunk)
     assert near is not None
-    plan = bank_plan(reach, near, chunk, chunk)
-    return Plan(plan.windows, 0, plan.candidates, near, 0, reachable, room)
+    if writes:
+        plan = bank_plan(reach, near, chunk, writes, writes=True)
+    else:
+        plan = joint_plan(reach, near, 0, 1, chunk, branches)
+    rows, T = len(length), branches * chunk
+    own = torch.zeros(T, T, dtype=torch.bool)
+    seen = plan.candidates[:, near:]
+    own[:, : seen.shape[1]] = seen
+    table = plan.windows.table
+    before, among = (
+        torch.block_diag(*[part] * rows).bool() for part in (table[:, :near], table[:, near:])
+    )
+    return Plan(
+        WindowTable(torch.cat((before, among), 1)),
+        0,
+        plan.candidates,
+        rows * near,
+        rows * plan.predicted,
+        plan.unsteered,
+        Cursor(first, length, room, own.to(length.device)),
+    )

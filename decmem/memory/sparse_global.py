@@ -49,7 +49,7 @@ class SparseGlobalMemory(nn.Module):
         self,
         q: Float[Tensor, "B H T S D"],
         pooled_keys: Float[Tensor, "B H Nk D"],
-        candidates: Bool[Tensor, "Nq Nk"],
+        candidates: Bool[Tensor, "Nq Nk"] | Bool[Tensor, "B 1 Nq Nk"],
         retrieved: int | None = None,
     ) -> Int[Tensor, "B G Nq K"]:
         """Sparse retrieval: the context C_i of every query block."""

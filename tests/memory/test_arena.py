@@ -109,6 +109,22 @@ def test_a_limit_stops_with_one_error_and_leaves_the_history(walk: Callable) -> 
     assert bank.fork().layers[0].limit == 6
 
 
+def test_what_only_passes_through_does_not_count_against_the_limit(walk: Callable) -> None:
+    bank, k = bank_of(torch.float32, room=8, limit=6), tokens(9)
+    fill(bank, k[:, :, :4], k[:, :, :4], walk(9)[:, :4])
+    layer = bank.layers[0]
+    layer.stage(k[:, :, 4:], k[:, :, 4:], LAYOUT, passing=3)
+    assert layer.room == 9
+    assert torch.equal(layer.keys, k)
+    # There is room for 8, but not for so much history.
+    for refused in (
+        lambda: layer.stage(k[:, :, :3], k[:, :, :3], LAYOUT),
+        lambda: bank.reserve(9, passing=2),
+    ):
+        with pytest.raises(UserError, match="7 latents, the bank was made for 6"):
+            refused()
+
+
 def test_no_room_on_the_device_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError("an allocator's page of figures")
@@ -135,7 +151,11 @@ def test_staging_at_a_desk_equals_staging_behind_the_length(
     M, shape = LAYOUT.M, (2, 2, 4, LAYOUT.S, POSITION.head_dim)
     layer = other.layers[0]
     layer.desk = Desk(
-        torch.tensor([5, 6]), torch.arange(5 * M, 7 * M), torch.zeros(shape), torch.zeros(shape)
+        torch.tensor([3, 4]),
+        torch.tensor([5, 6]),
+        torch.arange(5 * M, 7 * M),
+        torch.zeros(shape),
+        torch.zeros(shape),
     )
     for one in (plain.layers[0], layer):
         one.stage(k, -k, LAYOUT)
@@ -144,5 +164,17 @@ def test_staging_at_a_desk_equals_staging_behind_the_length(
         assert torch.equal(a[:, :, :known].float(), b[:, :, :known].float()), name
     read = plain.layers[0].pool(7, torch.float32)
     for desk, arena in zip((layer.desk.keys, layer.desk.values), read, strict=True):
-        assert torch.equal(desk[:, :, 2:], arena[:, :, 5:7])
-        assert not desk[:, :, :2].any()
+        assert torch.equal(desk, arena[:, :, 3:7])
+
+
+def test_what_nobody_retrieves_stays_at_the_desk(walk: Callable) -> None:
+    bank, k = bank_of(torch.float32, room=5), tokens(2, 1)
+    past = tokens(5)
+    fill(bank, past, past, walk(5))
+    layer, shape = bank.layers[0], (2, 2, 4, LAYOUT.S, POSITION.head_dim)
+    near = torch.tensor([3, 4])
+    desk = layer.desk = Desk(near, None, None, torch.zeros(shape), torch.zeros(shape))
+    layer.stage(k, -k, LAYOUT)
+    assert torch.equal(layer.keys, past)
+    assert torch.equal(desk.keys[:, :, 2:], k)
+    assert torch.equal(desk.values[:, :, 2:], -k)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from decmem.errors import UserError
-from decmem.memory import Plan, Reach, bank_plan, training_plan
+from decmem.memory import Plan, Reach, bank_plan, joint_plan, training_plan
+from decmem.memory.plan import desk_plan, window_before
 
 REACHES = {
     "pocket": Reach(window=3, write_chunk=1),
@@ -116,6 +117,99 @@ def test_bank_plan_is_the_last_chunk_of_a_training_plan() -> None:
         columns = [*range(8), *range(20, 24)]
         assert torch.equal(local[noisy][:, columns], bank_local)
         assert torch.equal(candidates[noisy][:, columns], bank_candidates)
+
+
+@every_reach
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize(("history", "clean", "write"), [(7, 0, 1), (5, 3, 2), (0, 2, 1)])
+def test_a_joint_plan_is_its_passes(
+    reach: Reach, branches: int, history: int, clean: int, write: int
+) -> None:
+    chunk, start = 2, history + clean
+    plan = joint_plan(reach, history, clean, write, chunk, branches)
+    assert (plan.history, plan.predicted) == (history, clean)
+    assert plan.unsteered == (branches - 1) * chunk
+    got = tables(plan, start + branches * chunk)
+    if clean:
+        writes = tables(bank_plan(reach, history, clean, write), start)
+        for joint, alone in zip(got, writes, strict=True):
+            assert torch.equal(joint[:clean, :start], alone)
+            assert not joint[:clean, start:].any()
+    for branch in range(branches):
+        first = start + branch * chunk
+        seen = [*range(start), first, first + 1]
+        rows = slice(first - history, first - history + chunk)
+        for joint, alone in zip(
+            got, tables(bank_plan(reach, start, chunk, chunk), start + chunk), strict=True
+        ):
+            assert torch.equal(joint[rows][:, seen], alone)
+            assert joint[rows].sum() == alone.sum()
+
+
+@every_reach
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_plan_at_a_desk_is_the_plan_of_every_length(reach: Reach, branches: int) -> None:
+    chunk, room, blocks = 2, 16, 3
+    near = window_before(reach, chunk)
+    if near is None:
+        return
+    q = torch.empty(1, 1, branches * chunk, 6, 4)
+    length = torch.zeros(1, dtype=torch.long)
+    desk = desk_plan(reach, chunk, branches, room, torch.zeros_like(length), length)
+    for history in (near, near + 1, 9):
+        length.fill_(history)
+        desk.prepare(blocks, q)
+        plan = joint_plan(reach, history, 0, 1, chunk, branches)
+        expected = torch.zeros(branches * chunk * blocks, room * blocks, dtype=torch.bool)
+        seen = plan.block_candidates(blocks, q.device)
+        expected[:, : seen.shape[1]] = seen
+        assert torch.equal(desk.block_candidates(blocks, q.device), expected)
+        assert torch.equal(desk.windows.table, plan.windows.table)
+        lists = torch.tensor([[0, history * blocks - 1, history * blocks, -1]])
+        lists = lists.int().expand(1, 2, chunk * blocks, -1)
+        assert torch.equal(desk.lists_for_all(lists, blocks), plan.lists_for_all(lists, blocks))
+
+
+@every_reach
+@pytest.mark.parametrize("writes", [0, 1, 2, 4])
+def test_rows_at_a_desk_see_their_own_run(reach: Reach, writes: int) -> None:
+    chunk, blocks, rooms = 3, 2, (12, 17)
+    near = window_before(reach, min(writes, chunk) or chunk)
+    if near is None:
+        return
+    first, length = torch.tensor([0, 12]), torch.tensor([near + 2, near + 5])
+    desk = desk_plan(reach, chunk, 1, max(rooms), first, length, writes)
+    assert (desk.rows, desk.history) == (2, 2 * near)
+    assert desk.predicted == (2 * chunk if writes else 0)
+    desk.prepare(blocks, torch.empty(1, 1, 2 * chunk, 4, 4))
+    seen = desk.block_candidates(blocks, torch.device("cpu"))
+    for row, history in enumerate(length.tolist()):
+        plan = bank_plan(reach, history, chunk, writes or chunk)
+        local, candidates = tables(plan, history + chunk)
+        expected = candidates.repeat_interleave(blocks, 0).repeat_interleave(blocks, 1)
+        assert torch.equal(seen[row, 0, :, : expected.shape[1]], expected)
+        assert not seen[row, 0, :, expected.shape[1] :].any()
+        # The window of all rows: what lies before each, then the chunks.
+        rows = desk.windows.table[row * chunk : (row + 1) * chunk]
+        before = slice(row * near, (row + 1) * near)
+        own = slice(2 * near + row * chunk, 2 * near + (row + 1) * chunk)
+        assert torch.equal(rows[:, before], local[:, history - near : history])
+        assert torch.equal(rows[:, own], local[:, history:])
+        assert rows.sum() == local.sum()
+    pool = torch.arange(29.0 * blocks)[None, None, :, None]
+    runs = desk.cursor.runs_of(pool, blocks) if desk.cursor else pool
+    assert runs[0, 0, :, 0].tolist() == list(range(17 * blocks))
+    assert runs[1, 0, :, 0].tolist() == list(range(12 * blocks, 29 * blocks))
+
+
+def test_unsteered_latents_may_read_the_lists_of_the_steered_ones() -> None:
+    plan = joint_plan(REACHES["paper"], 3, 1, 1, 1, branches=2)
+    # Two blocks a latent; own blocks are 8 and 9, those of the unsteered latent 10 and 11.
+    lists = torch.tensor([[0, 1, -1], [2, 6, 7], [4, 7, 8], [5, 9, -1]]).int()[None, None]
+    got = plan.lists_for_all(lists, 2)
+    assert torch.equal(got[:, :, :4], lists)
+    assert got[0, 0, 4:].tolist() == [[4, 7, 10], [5, 11, -1]]
+    assert got.dtype == torch.int32
 
 
 def test_block_candidates_repeat_over_blocks() -> None:
