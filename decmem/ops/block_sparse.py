@@ -11,10 +11,10 @@ only the tile where they end is masked), or any slots. It repeats with its first
 row per kind of block is enough. Slots without a token may hold any finite number. Blocks listed
 nowhere are never touched.
 
-Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots; only
-on request), `triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's
-compiler, again for every length of the history), `gather` (everywhere; copies what is listed) and
-`reference` (everywhere; the definition, dense and fp32).
+Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots),
+`triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's compiler, again for every
+length of the history), `gather` (everywhere; copies what is listed) and `reference` (everywhere;
+the definition, dense and fp32). Unasked, the first of `hopper`, `triton` and `gather` that can run.
 """
 
 import importlib.util
@@ -49,11 +49,13 @@ def triton_available() -> bool:
 def choose_backend(backend: Backend, q: Tensor) -> Backend:
     """The backend that will run: what was asked for, or the best one for where `q` lies.
 
+    Of "auto", "triton" says that kernels will run: theirs or, where the shapes suit them, those of
+    `hopper`, which is for the operators to decide.
+
     Raises:
         UserError: on an unknown backend, or one asked for where it cannot run.
     """
     if backend == "auto":
-        # `hopper` runs on request only, until it was measured and checked on such a GPU.
         return "triton" if q.is_cuda and triton_available() else "gather"
     if backend not in get_args(Backend):
         known = ", ".join(get_args(Backend))
@@ -84,8 +86,9 @@ def block_sparse_attention(
     """Attention of each query block over its own list of key blocks (figure 4).
 
     Differentiable in q, k and v; where worlds share keys, the gradients of these add up. `scale`
-    defaults to D^-1/2. `backend="auto"` takes `triton` on a GPU where Triton is installed, and
-    gather + SDPA elsewhere. A query block with an empty list reads zeros.
+    defaults to D^-1/2. `backend="auto"` takes `hopper` where that can run, else `triton` on a GPU
+    where Triton is installed, and gather + SDPA elsewhere. A query block with an empty list reads
+    zeros.
 
     Raises:
         UserError: on an unknown backend, or one that cannot run here or with these inputs.
@@ -97,7 +100,8 @@ def block_sparse_attention(
         return _PLAIN[chosen](q, k, v, lists, valid=valid, scale=scale)
     from decmem.ops import sparse_kernels
 
-    return sparse_kernels.block_sparse_attention(q, k, v, lists, valid, scale, chosen)
+    kernels = "auto" if backend == "auto" else chosen
+    return sparse_kernels.block_sparse_attention(q, k, v, lists, valid, scale, kernels)
 
 
 def decoupled_attention(
@@ -133,6 +137,7 @@ def decoupled_attention(
         return o_alm + (gate * o_sgm).to(o_alm.dtype)
     from decmem.ops import sparse_kernels
 
+    kernels = "auto" if backend == "auto" else chosen
     return sparse_kernels.decoupled_attention(
-        o_alm, gate, q, k, v, lists, valid, scale, chosen
+        o_alm, gate, q, k, v, lists, valid, scale, kernels
     )  # fmt: skip

@@ -31,8 +31,8 @@ from decmem.ops.sparse_tiles import (
     blocks,
     cdiv,
     columns,
+    hopper_split_of,
     hopper_tiles,
-    split_of,
 )
 
 # The second is its name before Triton 3.7.
@@ -487,7 +487,8 @@ def run_forward(
     D0, D1 = columns(D)
     keys, values = blocks(k), blocks(v)
     programs = B * H * NQ * cdiv(PQ, 64 * tiles.groups)
-    split = split_of(programs, q.device) if split is None else split
+    if split is None:
+        split = hopper_split_of(programs, tiles.groups, lists.shape[-1] * PK, q.device)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32)
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     joined = (alm, gate) if split == 1 else (None, None)

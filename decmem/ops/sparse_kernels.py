@@ -25,20 +25,28 @@ def hopper_obstacle(q: Tensor, k: Tensor, valid: Tensor | None) -> str | None:
     return sparse_hopper_kernels.obstacle(q, k, valid)
 
 
+def _hopper_chosen(kernels: str, q: Tensor, k: Tensor, valid: Tensor | None) -> bool:
+    """Whether the kernels for Hopper GPUs do the work: what runs is decided by shapes alone."""
+    if kernels == "triton":
+        return False
+    obstacle = hopper_obstacle(q, k, valid)
+    if obstacle is not None and kernels == "hopper":
+        raise UserError("backend", f"'hopper' {obstacle}", "Use backend='triton'")
+    return obstacle is None
+
+
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     kernels: str, o_alm: Tensor | None = None, gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if kernels == "hopper":
-        obstacle = hopper_obstacle(q, k, valid)
-        if obstacle is not None or sparse_hopper_kernels is None:
-            raise UserError("backend", f"'hopper' {obstacle}", "Use backend='triton'")
-        return sparse_hopper_kernels.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
-    return sparse_forward_kernels.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
+    chosen, forward = _hopper_chosen(kernels, q, k, valid), sparse_forward_kernels
+    if chosen and sparse_hopper_kernels is not None:
+        forward = sparse_hopper_kernels
+    return forward.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
 
 
-# `kernels` is "triton" or "hopper". What it means is settled inside the operator, where compiled
-# code does not have to follow.
+# `kernels` is "triton", "hopper", or "auto" for the second wherever it can run. What it means is
+# settled inside the operator, where compiled code does not have to follow.
 @torch.library.custom_op("decmem::block_sparse_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float, kernels: str
@@ -59,7 +67,8 @@ def _backward(
     delta = sparse_backward_kernels.run_delta(out, grad)
     back = sparse_backward_kernels
     hopper = sparse_hopper_backward_kernels
-    if kernels == "hopper" and hopper is not None and hopper.suits(q, k):
+    chosen = _hopper_chosen(kernels, q, k, valid)
+    if chosen and hopper is not None and hopper.suits(q, k):
         back = hopper
     dq = back.run_query_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     dk, dv = back.run_key_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
@@ -116,7 +125,7 @@ def block_sparse_attention(
     lists: Tensor,
     valid: Tensor | None = None,
     scale: float | None = None,
-    kernels: str = "triton",
+    kernels: str = "auto",
 ) -> Tensor:
     """Contract of `decmem.ops.block_sparse`."""
     q, lists, valid, scale = _settled(q, lists, valid, scale)
@@ -132,7 +141,7 @@ def decoupled_attention(
     lists: Tensor,
     valid: Tensor | None = None,
     scale: float | None = None,
-    kernels: str = "triton",
+    kernels: str = "auto",
 ) -> Tensor:
     """o_alm + gate o_sgm in one kernel, without gradients."""
     q, lists, valid, scale = _settled(q, lists, valid, scale)
