@@ -48,7 +48,7 @@ class Shape(NamedTuple):
     D: int
     K: int
     counts: tuple[int, ...] = ()
-    causal: bool = False
+    chunk: int = 0  # blocks of one; lists then reach back from it
 
     @property
     def tokens(self) -> float:
@@ -64,8 +64,8 @@ SHAPES = {
     "pair": Shape(2, 24, 24, 24, 1236, 160, 72, 80, PAPER),
     "wide": Shape(2, 24, 24, 24, 1236, 192, 96, 80),
     "peer": Shape(2, 24, 24, 24, 1236, 128, 128, 92),
-    "train": Shape(1, 24, 24, 720, 360, 160, 72, 80, PAPER, causal=True),
-    "pocket": Shape(6, 6, 1, 1512, 504, 16, 64, 16, causal=True),
+    "train": Shape(1, 24, 24, 720, 360, 160, 72, 80, PAPER, 24),
+    "pocket": Shape(6, 6, 1, 1512, 504, 16, 64, 16, (), 24),
 }
 
 
@@ -87,7 +87,22 @@ def choices() -> list[Choice]:
         Choice("forward", "pair", HopperTiles(64, 16, 1, 6, 3)),
         Choice("forward", "pair", HopperTiles(128, 32, 2, 3, 3)),
         *(Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), split) for split in (1, 2, 3)),
-        Choice("forward", "wide", HopperTiles(64, 0, 1, 6, 3)),
+        *(Choice("forward", "paper", HopperTiles(128, 32, 2, 3, 3), split) for split in (1, 2, 3)),
+        *(
+            Choice("forward", "wide", HopperTiles(*tiles, 3))
+            for tiles in (
+                (64, 0, 1, 6),
+                (64, 0, 1, 7),
+                (128, 64, 2, 2),
+                (64, 32, 1, 5),
+                (64, 32, 1, 4),
+            )
+        ),
+        *(
+            Choice("forward", "peer", HopperTiles(*tiles, 2))
+            for tiles in ((128, 0, 2, 3), (128, 0, 2, 2), (64, 0, 1, 4), (64, 0, 1, 6))
+        ),
+        *(Choice("forward", "pocket", ForwardTiles(16, 1, 32, 0, 1, stages)) for stages in (3, 5)),
         Choice("queries", "train", HopperTiles(32, 0, 1, 8, 3)),
         Choice("keys", "train", HopperTiles(32, 0, 1, 8, 3)),
     ]
@@ -118,7 +133,7 @@ def choices() -> list[Choice]:
     ]  # fmt: skip
     found += [
         Choice("queries", "train", QueryTiles(*tiles))
-        for tiles in ((64, 3, 32, 4, 2), (64, 1, 32, 4, 3), (64, 1, 64, 4, 2), (128, 1, 64, 8, 2))
+        for tiles in ((64, 3, 32, 4, 2), (64, 1, 32, 4, 3), (64, 1, 64, 4, 2))
     ]
     found += [
         Choice("keys", "train", KeyTiles(*tiles))
@@ -148,7 +163,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(shape: Shape) -> Inputs:
-    """Random blocks and ascending lists; causal ones reach back from their chunk of 4 latents."""
+    """Random blocks and ascending lists, which reach back from a query block's chunk if any."""
     B, H, G, NQ, NK, P, D, K = shape[:8]
     make = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
@@ -156,9 +171,9 @@ def inputs(shape: Shape) -> Inputs:
         for n in (NQ, NK, NK)
     )
     rank = torch.rand(B, G, NQ, NK, device="cuda", generator=make)
-    if shape.causal:
-        # Streams of NK blocks side by side; 24 blocks are a chunk.
-        reach = (torch.arange(NQ, device="cuda") % NK) // 24 * 24
+    if shape.chunk:
+        # Streams of NK blocks side by side.
+        reach = (torch.arange(NQ, device="cuda") % NK) // shape.chunk * shape.chunk
         rank[:, :, torch.arange(NK, device="cuda") >= reach[:, None]] = 2.0
     best, lists = rank.topk(min(K, NK), dim=-1, largest=False)
     lists = torch.where(best < 2.0, lists, NK).sort(-1).values
@@ -168,8 +183,10 @@ def inputs(shape: Shape) -> Inputs:
 
 
 def small(shape: Shape) -> Shape:
-    """The same blocks, few of them."""
-    return shape._replace(B=min(shape.B, 2), H=2, G=min(shape.G, 2), NQ=72, NK=48, K=7)
+    """The same blocks, few of them: all workers hold such inputs at once, and the definition's
+    scores of every query against every key."""
+    chunk = min(shape.chunk, 4)
+    return shape._replace(B=min(shape.B, 2), H=2, G=min(shape.G, 2), NQ=12, NK=12, K=7, chunk=chunk)
 
 
 def call(choice: Choice, x: Inputs, shared: dict) -> Callable[[], Any]:
