@@ -88,19 +88,20 @@ def choices() -> list[Choice]:
         Choice("forward", "pair", HopperTiles(128, 32, 2, 3, 3)),
         *(Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), split) for split in (1, 2, 3)),
         *(Choice("forward", "paper", HopperTiles(128, 32, 2, 3, 3), split) for split in (1, 2, 3)),
+        Choice("forward", "pair", HopperTiles(64, 16, 1, 6, 3, turns=True)),
+        Choice("forward", "pair", HopperTiles(128, 32, 2, 3, 3, turns=True)),
         *(
-            Choice("forward", "wide", HopperTiles(*tiles, 3))
-            for tiles in (
-                (64, 0, 1, 6),
-                (64, 0, 1, 7),
-                (128, 64, 2, 2),
-                (64, 32, 1, 5),
-                (64, 32, 1, 4),
-            )
+            Choice("forward", "paper", HopperTiles(128, 32, 2, 3, 3, turns=True), split)
+            for split in (1, 2)
         ),
         *(
-            Choice("forward", "peer", HopperTiles(*tiles, 2))
-            for tiles in ((128, 0, 2, 3), (128, 0, 2, 2), (64, 0, 1, 4), (64, 0, 1, 6))
+            Choice("forward", "wide", HopperTiles(64, 0, 1, stages, 3, turns))
+            for stages, turns in ((6, False), (6, True), (7, False), (7, True), (4, True))
+        ),
+        *(
+            Choice("forward", "peer", HopperTiles(*tiles, 2, turns))
+            for tiles in ((64, 0, 1, 3), (128, 0, 2, 3), (64, 0, 1, 6))
+            for turns in (False, True)
         ),
         *(Choice("forward", "pocket", ForwardTiles(16, 1, 32, 0, 1, stages)) for stages in (3, 5)),
         Choice("queries", "train", HopperTiles(32, 0, 1, 8, 3)),
@@ -120,8 +121,8 @@ def choices() -> list[Choice]:
     found += [
         Choice("forward", "peer", tiles)
         for tiles in (
-            HopperTiles(64, 0, 1, 3, 2), ForwardTiles(64, 2, 64, 0, 4, 3),
-            ForwardTiles(64, 1, 64, 0, 4, 3), ForwardTiles(128, 1, 64, 0, 8, 3),
+            ForwardTiles(64, 2, 64, 0, 4, 3), ForwardTiles(64, 1, 64, 0, 4, 3),
+            ForwardTiles(128, 1, 64, 0, 8, 3),
             ForwardTiles(128, 1, 128, 0, 8, 2),
         )
     ]  # fmt: skip

@@ -40,13 +40,17 @@ class KeyTiles(NamedTuple):
 
 
 class HopperTiles(NamedTuple):
-    """A stage holds `keys` + `tail` keys, read in `pieces` steps; `groups` of 64 rows share it."""
+    """A stage holds `keys` + `tail` keys, read in `pieces` steps; `groups` of 64 rows share it.
+
+    With `turns`, the groups take turns at the tensor cores (forward only).
+    """
 
     keys: int
     tail: int
     pieces: int
     stages: int
     groups: int
+    turns: bool = False
 
 
 class Blocks(NamedTuple):

@@ -72,12 +72,18 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("turns", [False, True], ids=["all-at-once", "in-turns"])
 @pytest.mark.parametrize(("sizes", "counts", "tiles"), CASES.values(), ids=CASES)
 def test_forward_is_right_however_late_everything_comes(
-    kernels: ModuleType, sizes: tuple[int, ...], counts: list[int] | None, tiles: HopperTiles
+    kernels: ModuleType,
+    sizes: tuple[int, ...],
+    counts: list[int] | None,
+    tiles: HopperTiles,
+    turns: bool,
 ) -> None:
     q, k, v, lists = inputs(*sizes)
     valid = None if counts is None else torch.tensor(counts, dtype=torch.int32)
+    tiles = tiles._replace(turns=turns)
     out, lse = kernels.run_forward(q, k, v, lists, valid, 0.1, split=1, tiles=tiles)
     wanted = reference.block_sparse_attention(q, k, v, lists, valid, 0.1)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
@@ -158,6 +164,27 @@ def test_gluon_is_where_it_is_looked_for() -> None:
     from decmem.ops import sparse_kernels
 
     assert sparse_kernels.sparse_hopper_kernels is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("slots", "D", "counts"), [(160, 72, [154, 143]), (128, 128, None)])
+def test_turns_change_no_bit(slots: int, D: int, counts: list[int] | None) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+    from decmem.ops import sparse_hopper_kernels
+
+    q, k, v, lists = (x.cuda() for x in inputs(2, 4, 4, 20, slots, 40, slots, D, 23, 2))
+    q, k, v = (x.nan_to_num().bfloat16() for x in (q, k, v))
+    valid = None if counts is None else torch.tensor(counts, dtype=torch.int32, device="cuda")
+    tiles = hopper_tiles(slots, slots, D)
+    assert tiles is not None
+    plain, taken = (
+        sparse_hopper_kernels.run_forward(
+            q, k, v, lists, valid, 0.1, split=1, tiles=tiles._replace(turns=turns)
+        )
+        for turns in (False, True)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain, taken, strict=True))
 
 
 def test_lists_are_cut_where_that_leaves_less_of_the_gpu_idle(
