@@ -82,77 +82,57 @@ class Choice(NamedTuple):
         return f"{self.what} {self.shape} {kernels} {tuple(self.tiles)}{split}"
 
 
+TRIED: list[tuple[str, str, type, list[tuple]]] = [
+    ("forward", "pair", HopperTiles, [
+        (64, 16, 1, 6, 3), (128, 32, 2, 3, 3), (64, 16, 1, 6, 3, True), (128, 32, 2, 3, 3, True),
+    ]),
+    ("forward", "wide", HopperTiles, [
+        (64, 0, 1, 6, 3), (64, 0, 1, 6, 3, True), (64, 0, 1, 7, 3), (64, 0, 1, 7, 3, True),
+        (64, 0, 1, 4, 3, True),
+    ]),
+    ("forward", "peer", HopperTiles, [
+        (64, 0, 1, 3, 2), (64, 0, 1, 3, 2, True), (128, 0, 2, 3, 2), (128, 0, 2, 3, 2, True),
+        (64, 0, 1, 6, 2), (64, 0, 1, 6, 2, True),
+    ]),
+    ("queries", "train", HopperTiles, [(32, 0, 1, 8, 3), (32, 0, 1, 5, 3)]),
+    ("keys", "train", HopperTiles, [(32, 0, 1, 8, 3)]),
+    ("forward", "pair", ForwardTiles, [
+        (64, 3, 64, 16, 4, 3), (64, 3, 64, 16, 4, 2), (64, 1, 64, 16, 4, 3),
+    ]),
+    ("forward", "wide", ForwardTiles, [
+        (64, 1, 64, 0, 4, 3), (64, 3, 64, 0, 4, 2), (128, 1, 64, 0, 8, 3),
+    ]),
+    ("forward", "peer", ForwardTiles, [
+        (128, 1, 128, 0, 8, 2), (64, 2, 64, 0, 4, 3), (128, 1, 64, 0, 8, 3),
+    ]),
+    ("forward", "pocket", ForwardTiles, [
+        (16, 1, 32, 0, 1, 4), (16, 1, 32, 0, 1, 3), (16, 1, 32, 0, 1, 5), (16, 1, 64, 0, 1, 2),
+    ]),
+    ("queries", "train", QueryTiles, [
+        (64, 3, 32, 4, 2), (64, 1, 32, 4, 3), (64, 1, 64, 4, 2), (64, 3, 32, 4, 3),
+    ]),
+    ("keys", "train", KeyTiles, [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)]),
+    ("queries", "pocket", QueryTiles, [(16, 1, 64, 1, 2), (16, 1, 32, 1, 3), (16, 1, 64, 2, 2)]),
+    ("keys", "pocket", KeyTiles, [(64, 16, 2, 2), (64, 16, 1, 2), (32, 16, 1, 3), (64, 16, 2, 3)]),
+]  # fmt: skip
+
+
 def choices() -> list[Choice]:
-    found = [
-        Choice("forward", "pair", HopperTiles(64, 16, 1, 6, 3)),
-        Choice("forward", "pair", HopperTiles(128, 32, 2, 3, 3)),
-        *(Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), split) for split in (1, 2, 3)),
-        *(Choice("forward", "paper", HopperTiles(128, 32, 2, 3, 3), split) for split in (1, 2, 3)),
-        Choice("forward", "pair", HopperTiles(64, 16, 1, 6, 3, turns=True)),
-        Choice("forward", "pair", HopperTiles(128, 32, 2, 3, 3, turns=True)),
-        *(
-            Choice("forward", "paper", HopperTiles(128, 32, 2, 3, 3, turns=True), split)
-            for split in (1, 2)
-        ),
-        *(
-            Choice("forward", "wide", HopperTiles(64, 0, 1, stages, 3, turns))
-            for stages, turns in ((6, False), (6, True), (7, False), (7, True), (4, True))
-        ),
-        *(
-            Choice("forward", "peer", HopperTiles(*tiles, 2, turns))
-            for tiles in ((64, 0, 1, 3), (128, 0, 2, 3), (64, 0, 1, 6))
-            for turns in (False, True)
-        ),
-        *(Choice("forward", "pocket", ForwardTiles(16, 1, 32, 0, 1, stages)) for stages in (3, 5)),
-        Choice("queries", "train", HopperTiles(32, 0, 1, 8, 3)),
-        Choice("keys", "train", HopperTiles(32, 0, 1, 8, 3)),
+    """What is tried: those above, and one row of the paper in lists cut into parts."""
+    rows = [
+        Choice("forward", "paper", HopperTiles(128, 32, 2, 3, 3, turns), split)
+        for split in (1, 2, 3)
+        for turns in (False, True)
     ]
-    found += [
-        Choice("forward", "pair", ForwardTiles(64, *rest))
-        for rest in (
-            (3, 64, 16, 4, 3), (3, 64, 16, 4, 2), (3, 32, 0, 4, 3), (3, 64, 0, 4, 2),
-            (1, 64, 16, 4, 3), (1, 64, 16, 4, 2), (2, 64, 16, 4, 3), (1, 128, 32, 4, 2),
-        )
-    ]  # fmt: skip
-    found += [
-        Choice("forward", "wide", ForwardTiles(64, *rest))
-        for rest in ((3, 64, 0, 4, 2), (3, 64, 0, 4, 3), (3, 32, 0, 4, 3), (1, 64, 0, 4, 3))
+    rows += [
+        Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), 2),
+        Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 3), 2),
     ]
-    found += [
-        Choice("forward", "peer", tiles)
-        for tiles in (
-            ForwardTiles(64, 2, 64, 0, 4, 3), ForwardTiles(64, 1, 64, 0, 4, 3),
-            ForwardTiles(128, 1, 64, 0, 8, 3),
-            ForwardTiles(128, 1, 128, 0, 8, 2),
-        )
-    ]  # fmt: skip
-    found += [
-        Choice("forward", "pocket", ForwardTiles(16, 1, keys, 0, warps, stages))
-        for keys, warps, stages in (
-            (64, 1, 3), (64, 1, 2), (32, 1, 4), (128, 1, 2), (64, 2, 3), (128, 2, 2), (128, 4, 2)
-        )
-    ]  # fmt: skip
-    found += [
-        Choice("queries", "train", QueryTiles(*tiles))
-        for tiles in ((64, 3, 32, 4, 2), (64, 1, 32, 4, 3), (64, 1, 64, 4, 2))
+    return rows + [
+        Choice(what, shape, tiles(*numbers))
+        for what, shape, tiles, many in TRIED
+        for numbers in many
     ]
-    found += [
-        Choice("keys", "train", KeyTiles(*tiles))
-        for tiles in ((32, 64, 4, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2))
-    ]
-    found += [
-        Choice("queries", "train", QueryTiles(128, 1, *rest)) for rest in ((32, 8, 2), (64, 8, 2))
-    ]
-    for rest in ((64, 1, 2), (32, 1, 3), (64, 2, 2), (128, 4, 2)):
-        found.append(Choice("queries", "pocket", QueryTiles(16, 1, *rest)))
-        found.append(Choice("keys", "pocket", KeyTiles(rest[0], 16, *rest[1:])))
-    found += [
-        Choice("forward", "pair", HopperTiles(64, 16, 1, 4, 3)),
-        Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 2), 2),
-        Choice("queries", "train", HopperTiles(32, 0, 1, 5, 3)),
-        Choice("keys", "train", HopperTiles(32, 0, 1, 5, 3)),
-    ]
-    return found
 
 
 class Inputs(NamedTuple):
