@@ -11,6 +11,7 @@ from torch import Tensor
 
 from decmem.errors import UserError
 from decmem.ops import sparse_backward_kernels, sparse_forward_kernels
+from decmem.ops.reference import restored
 
 try:
     from decmem.ops import sparse_hopper_backward_kernels, sparse_hopper_kernels
@@ -22,6 +23,8 @@ def hopper_obstacle(q: Tensor, k: Tensor, valid: Tensor | None) -> str | None:
     """Why the kernels for Hopper GPUs cannot take these inputs; None if they can."""
     if sparse_hopper_kernels is None:
         return "is written for Triton 3.6 or 3.7"
+    if k.dtype != q.dtype:
+        return f"takes keys in the type of the queries, {q.dtype}, not {k.dtype}"
     return sparse_hopper_kernels.obstacle(q, k, valid)
 
 
@@ -38,11 +41,12 @@ def _hopper_chosen(kernels: str, q: Tensor, k: Tensor, valid: Tensor | None) -> 
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     kernels: str, o_alm: Tensor | None = None, gate: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    chosen, forward = _hopper_chosen(kernels, q, k, valid), sparse_forward_kernels
-    if chosen and sparse_hopper_kernels is not None:
-        forward = sparse_hopper_kernels
-    return forward.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
+    inputs = (q, k, v, lists, valid, scale, o_alm, gate)
+    if _hopper_chosen(kernels, q, k, valid) and sparse_hopper_kernels is not None:
+        return sparse_hopper_kernels.run_forward(*inputs)
+    return sparse_forward_kernels.run_forward(*inputs, k_scale=k_scale, v_scale=v_scale)
 
 
 # `kernels` is "triton", "hopper", or "auto" for the second wherever it can run. What it means is
@@ -81,16 +85,20 @@ def _(q, k, v, lists, valid, scale, kernels, out, lse, grad):
     return torch.empty_like(q), dk, dv
 
 
+# What has no gradients: the join with a local branch, and keys and values stored in 8 bits.
 @torch.library.custom_op("decmem::decoupled_forward", mutates_args=())
 def _decoupled(
-    o_alm: Tensor, gate: Tensor, q: Tensor, k: Tensor, v: Tensor, lists: Tensor,
-    valid: Tensor | None, scale: float, kernels: str,
+    o_alm: Tensor | None, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lists: Tensor,
+    valid: Tensor | None, scale: float, kernels: str, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return _run_forward(q, k, v, lists, valid, scale, kernels, o_alm, gate)[0]
+    return _run_forward(
+        q, k, v, lists, valid, scale, kernels, o_alm, gate, k_scale, v_scale
+    )[0]  # fmt: skip
 
 
 @_decoupled.register_fake
-def _(o_alm, gate, q, k, v, lists, valid, scale, kernels):
+def _(o_alm, gate, q, k, v, lists, valid, scale, kernels, k_scale=None, v_scale=None):
     return torch.empty_like(q)
 
 
@@ -118,6 +126,15 @@ def _settled(q: Tensor, lists: Tensor, valid: Tensor | None, scale: float | None
     return q.contiguous(), lists, valid, q.shape[-1] ** -0.5 if scale is None else scale
 
 
+def _readable(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Keys and values with their scales; restored beforehand where a GPU has no 8-bit numbers."""
+    if k_scale is None or not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 9):
+        return k, v, k_scale, v_scale
+    return restored(k, k_scale, q.dtype), restored(v, v_scale, q.dtype), None, None
+
+
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -126,9 +143,14 @@ def block_sparse_attention(
     valid: Tensor | None = None,
     scale: float | None = None,
     kernels: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Contract of `decmem.ops.block_sparse`."""
     q, lists, valid, scale = _settled(q, lists, valid, scale)
+    if k_scale is not None:
+        k, v, *scales = _readable(q, k, v, k_scale, v_scale)
+        return _decoupled(None, None, q, k, v, lists, valid, scale, kernels, *scales)
     return _forward(q, k, v, lists, valid, scale, kernels)[0]
 
 
@@ -142,8 +164,11 @@ def decoupled_attention(
     valid: Tensor | None = None,
     scale: float | None = None,
     kernels: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """o_alm + gate o_sgm in one kernel, without gradients."""
     q, lists, valid, scale = _settled(q, lists, valid, scale)
     gate = gate.expand(*q.shape[:4], gate.shape[-1]).contiguous()
-    return _decoupled(o_alm.contiguous(), gate, q, k, v, lists, valid, scale, kernels)
+    k, v, *scales = _readable(q, k, v, k_scale, v_scale)
+    return _decoupled(o_alm.contiguous(), gate, q, k, v, lists, valid, scale, kernels, *scales)

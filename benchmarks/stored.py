@@ -1,0 +1,88 @@
+"""Attention over a bank stored in 8 bits: read as it is stored, or restored whole beforehand.
+
+python benchmarks/stored.py [--preset paper] [--latents 60 206 500] [--rows 1 2]
+
+Restoring costs as much as the history is long, but leaves 16 bits for the kernels of Hopper GPUs.
+"""
+
+import argparse
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from decmem.bench.clock import kernel_ms
+from decmem.memory.quantised import quantise
+from decmem.ops import block_sparse_attention
+from decmem.presets import PRESETS
+
+CUDA = torch.device("cuda")
+
+
+class Bank(NamedTuple):
+    """Keys and values in 8 bits, their scales, and room to restore them in."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def as_stored(bank: Bank, q: Tensor, lists: Tensor, counts: Tensor | None) -> Tensor:
+    return block_sparse_attention(
+        q, bank.k, bank.v, lists, counts, k_scale=bank.k_scale, v_scale=bank.v_scale
+    )
+
+
+def first(bank: Bank, q: Tensor, lists: Tensor, counts: Tensor | None) -> Tensor:
+    bank.keys.copy_(bank.k).mul_(bank.k_scale)
+    bank.values.copy_(bank.v).mul_(bank.v_scale)
+    return block_sparse_attention(q, bank.keys, bank.values, lists, counts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="paper", choices=PRESETS)
+    parser.add_argument("--latents", type=int, nargs="+", default=[60, 206, 500])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=7)
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA device")
+    model = PRESETS[asked.preset].model
+    layout, reading, D = model.layout, model.reading, model.position.head_dim
+    M, P, G = layout.M, layout.P, model.heads if reading.per_head else 1
+    counts = None if layout.counts is None else layout.counts.to(CUDA)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.preset}")
+    for latents in asked.latents:
+        shape = (1, model.heads, latents * M, P, D)
+        (k, k_scale), (v, v_scale) = (
+            quantise(torch.randn(shape, device=CUDA, dtype=torch.bfloat16)) for _ in "kv"
+        )
+        places = [torch.empty(shape, device=CUDA, dtype=torch.bfloat16) for _ in "kv"]
+        for rows in asked.rows:
+            Nq = max(model.chunk_sizes) * M
+            q = torch.randn(rows, model.heads, Nq, P, D, device=CUDA, dtype=torch.bfloat16)
+            rank = torch.rand(rows, G, Nq, latents * M, device=CUDA)
+            lists = rank.topk(min(reading.retrieved, latents * M)).indices.sort().values.int()
+            bank = Bank(k, v, k_scale, v_scale, *places)
+            direct, restored = (partial(way, bank, q, lists, counts) for way in (as_stored, first))
+            with torch.no_grad():
+                apart = (direct().float() - restored().float()).abs().max().item()
+                figures = [
+                    kernel_ms(work, CUDA, repeats=asked.repeats) for work in (direct, restored)
+                ]
+            print(
+                f"{latents} latents, {rows} rows: as stored {figures[0]:.3f} ms, "
+                f"restored first {figures[1]:.3f} ms, apart by {apart:.1e}",
+                flush=True,
+            )
+        del k, v, places, bank
+
+
+if __name__ == "__main__":
+    main()
