@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from decmem.ops.sparse_restore_kernels import alike
 from decmem.ops.sparse_tiles import (
     LOG2E,
-    Blocks,
     ForwardTiles,
-    blocks,
     cdiv,
     columns,
     forward_tiles,
@@ -391,17 +390,6 @@ def merge(parts: Parts, out: Tensor, lse: Tensor, alm: Tensor | None, gate: Tens
     )  # fmt: skip
 
 
-def _alike(x: Tensor, scale: Tensor | None) -> tuple[Blocks, Tensor | None]:
-    """Blocks and their scales, which lie in memory as far apart."""
-    found = blocks(x)
-    if scale is None:
-        return found, None
-    scales = blocks(scale)
-    if found[1:] != scales[1:]:
-        found, scales = blocks(x.contiguous()), blocks(scale.contiguous())
-    return found, scales.tensor
-
-
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     alm: Tensor | None = None, gate: Tensor | None = None, split: int | None = None,
@@ -415,8 +403,8 @@ def run_forward(
     tiles = tiles or forward_tiles(PQ, PK, D, q.element_size())
     programs = B * H * NQ * cdiv(PQ, tiles.rows * tiles.tiles)
     split = split_of(programs // 2, q.device) if split is None else split
-    keys, k_scale = _alike(k, k_scale)
-    values, v_scale = _alike(v, v_scale)
+    keys, k_scale = alike(k, k_scale)
+    values, v_scale = alike(v, v_scale)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32)
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     joined = (alm, gate, gated(gate)) if split == 1 else (None, None, 0)

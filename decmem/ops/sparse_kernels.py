@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from decmem.errors import UserError
-from decmem.ops import sparse_backward_kernels, sparse_forward_kernels
+from decmem.ops import sparse_backward_kernels, sparse_forward_kernels, sparse_restore_kernels
 from decmem.ops.reference import restored
 
 try:
@@ -23,7 +23,7 @@ def hopper_obstacle(q: Tensor, k: Tensor, valid: Tensor | None) -> str | None:
     """Why the kernels for Hopper GPUs cannot take these inputs; None if they can."""
     if sparse_hopper_kernels is None:
         return "is written for Triton 3.6 or 3.7"
-    if k.dtype != q.dtype:
+    if k.dtype not in (q.dtype, torch.float8_e4m3fn):
         return f"takes keys in the type of the queries, {q.dtype}, not {k.dtype}"
     return sparse_hopper_kernels.obstacle(q, k, valid)
 
@@ -38,15 +38,35 @@ def _hopper_chosen(kernels: str, q: Tensor, k: Tensor, valid: Tensor | None) -> 
     return obstacle is None
 
 
+_RESTORING = 1.65
+"""What restoring a block costs, in visits of blocks that the Triton kernel takes longer for: an
+estimate (23 and 14 ns on an H100), which `benchmarks/stored.py` puts to the test."""
+
+
+def _worth_restoring(q: Tensor, k: Tensor, lists: Tensor) -> bool:
+    """Whether the kernels for Hopper GPUs, which read 16 bits, make up for restoring blocks first:
+    where few blocks have many readers."""
+    B, _, NQ = q.shape[:3]
+    visits = NQ * lists.shape[-1]
+    return _RESTORING * k.shape[0] * min(k.shape[2], visits) < B * visits
+
+
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     kernels: str, o_alm: Tensor | None = None, gate: Tensor | None = None,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = (q, k, v, lists, valid, scale, o_alm, gate)
-    if _hopper_chosen(kernels, q, k, valid) and sparse_hopper_kernels is not None:
-        return sparse_hopper_kernels.run_forward(*inputs)
-    return sparse_forward_kernels.run_forward(*inputs, k_scale=k_scale, v_scale=v_scale)
+    hopper = sparse_hopper_kernels
+    chosen = _hopper_chosen(kernels, q, k, valid)
+    if chosen and k_scale is not None and v_scale is not None:
+        chosen = kernels == "hopper" or _worth_restoring(q, k, lists)
+        if chosen:
+            k, v = sparse_restore_kernels.restore_listed(k, v, k_scale, v_scale, lists, q.dtype)
+    if chosen and hopper is not None:
+        return hopper.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
+    return sparse_forward_kernels.run_forward(
+        q, k, v, lists, valid, scale, o_alm, gate, k_scale=k_scale, v_scale=v_scale
+    )  # fmt: skip
 
 
 # `kernels` is "triton", "hopper", or "auto" for the second wherever it can run. What it means is

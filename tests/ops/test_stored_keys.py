@@ -1,5 +1,6 @@
 """Keys and values stored in 8 bits: read as if they had been restored before."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from decmem.errors import UserError
 from decmem.memory.quantised import quantise, restore
 from decmem.ops.block_sparse import Backend, block_sparse_attention, decoupled_attention
+from decmem.ops.reference import block_mask
 
 RUNS = [
     pytest.param("reference", "cpu", torch.float32, id="reference"),
@@ -120,15 +122,78 @@ def test_the_kernel_restores_to_the_same_bits(sizes: tuple[int, ...]) -> None:
     )
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_listed_blocks_are_restored_to_the_same_bits(sizes: tuple[int, ...]) -> None:
+    from decmem.ops.sparse_restore_kernels import restore_listed
+
+    x = stored(sizes, "cpu", torch.float16)
+    listed = block_mask(x.lists, x.k.shape[2]).any(2)  # (B, G, Nk)
+    if len(x.k) < len(listed):
+        listed = listed.any(0, keepdim=True)
+    listed = listed[..., None, None].expand(*x.k.shape[:3], 1, 1)
+    restored = restore_listed(x.k, x.v, x.k_scale, x.v_scale, x.lists, torch.float16)
+    for got, part, scale in zip(restored, (x.k, x.v), (x.k_scale, x.v_scale), strict=True):
+        wanted = restore(part, scale, torch.float16)
+        assert torch.equal(torch.where(listed, got, 0.0), torch.where(listed, wanted, 0.0))
+        # Fresh memory is NaN in these tests: what nobody reads was not written.
+        assert got[~listed.expand_as(got)].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "rows", "serves", "way"),
+    [
+        ("auto", 2, True, "hopper"),
+        ("auto", 1, True, "forward"),  # too few readers for so many blocks
+        ("auto", 2, False, "forward"),
+        ("triton", 2, True, "forward"),
+        ("hopper", 1, True, "hopper"),
+    ],
+)
+def test_who_reads_what_is_stored(
+    kernels: str, rows: int, serves: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from decmem.ops import sparse_kernels, sparse_restore_kernels
+
+    ran = []
+
+    def restored(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        ran.append("restored")
+        return arguments[0].half(), arguments[1].half()
+
+    def run(family: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        def ran_it(q: Tensor, k: Tensor, *rest: object, **scales: Tensor | None) -> tuple:
+            read = torch.float16 if family == "hopper" else torch.float8_e4m3fn
+            assert k.dtype == read
+            assert len(scales) == (0 if family == "hopper" else 2)
+            ran.append(family)
+            return q, q
+
+        return ran_it
+
+    obstacle = None if serves else "needs a Hopper GPU"
+    hopper = sparse_kernels.sparse_hopper_kernels
+    monkeypatch.setattr(hopper, "obstacle", lambda q, k, valid: obstacle)
+    monkeypatch.setattr(hopper, "run_forward", run("hopper"))
+    monkeypatch.setattr(sparse_kernels.sparse_forward_kernels, "run_forward", run("forward"))
+    monkeypatch.setattr(sparse_restore_kernels, "restore_listed", restored)
+    x = stored((rows, 1, 1, 2, 16, 8, 16, 16, 4, 1), "cpu", torch.float16)
+    sparse_kernels._decoupled._init_fn(
+        None, None, x.q, x.k, x.v, x.lists, x.valid, 0.1, kernels, x.k_scale, x.v_scale
+    )
+    assert ran == (["restored", "hopper"] if way == "hopper" else ["forward"])
+
+
 def test_scales_that_lie_otherwise_than_their_blocks() -> None:
     pytest.importorskip("triton")
-    from decmem.ops.sparse_forward_kernels import _alike
+    from decmem.ops.sparse_restore_kernels import alike
 
     x = stored(SHAPES["small"], "cpu", torch.float16)
-    alike, scale = _alike(x.k, x.k_scale)
-    assert alike.tensor is x.k
+    found, scale = alike(x.k, x.k_scale)
+    assert found.tensor is x.k
     assert scale is x.k_scale
-    other, scale = _alike(x.k, x.k_scale.contiguous())
+    other, scale = alike(x.k, x.k_scale.contiguous())
     assert scale is not None
     assert (other.world, other.head) == (scale.stride(0) // 16, scale.stride(1) // 16)
     assert torch.equal(other.tensor.float(), x.k.float())
