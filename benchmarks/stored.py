@@ -2,8 +2,8 @@
 
 python benchmarks/stored.py [--preset paper] [--latents 60 206 500] [--rows 1 2]
 
-The Triton kernel restores what it loads; the kernels for Hopper GPUs have the listed blocks restored
-before; and whole is what it costs to do so as far as the history goes.
+The Triton kernel restores what it loads; the kernels for Hopper GPUs have the listed blocks
+restored before; and whole is what it costs to do so as far as the history goes.
 """
 
 import argparse
