@@ -94,7 +94,7 @@ TRIED: list[tuple[str, str, type, list[tuple]]] = [
         (64, 0, 1, 3, 2), (64, 0, 1, 3, 2, True), (128, 0, 2, 3, 2), (128, 0, 2, 3, 2, True),
         (64, 0, 1, 6, 2), (64, 0, 1, 6, 2, True),
     ]),
-    ("queries", "train", HopperTiles, [(32, 0, 1, 8, 3), (32, 0, 1, 5, 3)]),
+    ("queries", "train", HopperTiles, [(32, 0, 1, 8, 3), (32, 0, 1, 8, 3, True)]),
     ("keys", "train", HopperTiles, [(32, 0, 1, 8, 3)]),
     ("forward", "pair", ForwardTiles, [
         (64, 3, 64, 16, 4, 3), (64, 3, 64, 16, 4, 2), (64, 1, 64, 16, 4, 3),

@@ -42,7 +42,7 @@ class KeyTiles(NamedTuple):
 class HopperTiles(NamedTuple):
     """A stage holds `keys` + `tail` keys, read in `pieces` steps; `groups` of 64 rows share it.
 
-    With `turns`, the groups take turns at the tensor cores (forward only).
+    With `turns`, the groups take turns at the tensor cores (forward and dQ).
     """
 
     keys: int

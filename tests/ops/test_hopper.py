@@ -99,6 +99,7 @@ BACKWARD = {
 }
 
 
+@pytest.mark.parametrize("turns", [False, True], ids=["all-at-once", "in-turns"])
 @pytest.mark.parametrize(("sizes", "counts", "tiles"), BACKWARD.values(), ids=BACKWARD)
 def test_gradients_are_right_however_late_everything_comes(
     kernels: ModuleType,
@@ -106,6 +107,7 @@ def test_gradients_are_right_however_late_everything_comes(
     sizes: tuple[int, ...],
     counts: list[int] | None,
     tiles: HopperTiles,
+    turns: bool,
 ) -> None:
     q, k, v, lists = inputs(*sizes)
     valid = None if counts is None else torch.tensor(counts, dtype=torch.int32)
@@ -113,7 +115,7 @@ def test_gradients_are_right_however_late_everything_comes(
     grad = torch.randn_like(q)
     arguments = (q, k, v, lists, valid, 0.1, grad, lse, (out * grad).sum(-1))
     got = (
-        backward.run_query_gradient(*arguments, tiles),
+        backward.run_query_gradient(*arguments, tiles._replace(turns=turns)),
         *backward.run_key_gradient(*arguments, tiles),
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
