@@ -48,7 +48,7 @@ class Shape(NamedTuple):
     D: int
     K: int
     counts: tuple[int, ...] = ()
-    causal: bool = False
+    chunk: int = 0  # blocks of one; lists then reach back from it
 
     @property
     def tokens(self) -> float:
@@ -64,8 +64,8 @@ SHAPES = {
     "pair": Shape(2, 24, 24, 24, 1236, 160, 72, 80, PAPER),
     "wide": Shape(2, 24, 24, 24, 1236, 192, 96, 80),
     "peer": Shape(2, 24, 24, 24, 1236, 128, 128, 92),
-    "train": Shape(1, 24, 24, 720, 360, 160, 72, 80, PAPER, causal=True),
-    "pocket": Shape(6, 6, 1, 1512, 504, 16, 64, 16, causal=True),
+    "train": Shape(1, 24, 24, 720, 360, 160, 72, 80, PAPER, 24),
+    "pocket": Shape(6, 6, 1, 1512, 504, 16, 64, 16, (), 24),
 }
 
 
@@ -82,61 +82,57 @@ class Choice(NamedTuple):
         return f"{self.what} {self.shape} {kernels} {tuple(self.tiles)}{split}"
 
 
+TRIED: list[tuple[str, str, type, list[tuple]]] = [
+    ("forward", "pair", HopperTiles, [
+        (64, 16, 1, 6, 3), (128, 32, 2, 3, 3), (64, 16, 1, 6, 3, True), (128, 32, 2, 3, 3, True),
+    ]),
+    ("forward", "wide", HopperTiles, [
+        (64, 0, 1, 6, 3), (64, 0, 1, 6, 3, True), (64, 0, 1, 7, 3), (64, 0, 1, 7, 3, True),
+        (64, 0, 1, 4, 3, True),
+    ]),
+    ("forward", "peer", HopperTiles, [
+        (64, 0, 1, 3, 2), (64, 0, 1, 3, 2, True), (128, 0, 2, 3, 2), (128, 0, 2, 3, 2, True),
+        (64, 0, 1, 6, 2), (64, 0, 1, 6, 2, True),
+    ]),
+    ("queries", "train", HopperTiles, [(32, 0, 1, 8, 3), (32, 0, 1, 8, 3, True)]),
+    ("keys", "train", HopperTiles, [(32, 0, 1, 8, 3)]),
+    ("forward", "pair", ForwardTiles, [
+        (64, 3, 64, 16, 4, 3), (64, 3, 64, 16, 4, 2), (64, 1, 64, 16, 4, 3),
+    ]),
+    ("forward", "wide", ForwardTiles, [
+        (64, 1, 64, 0, 4, 3), (64, 3, 64, 0, 4, 2), (128, 1, 64, 0, 8, 3),
+    ]),
+    ("forward", "peer", ForwardTiles, [
+        (128, 1, 128, 0, 8, 2), (64, 2, 64, 0, 4, 3), (128, 1, 64, 0, 8, 3),
+    ]),
+    ("forward", "pocket", ForwardTiles, [
+        (16, 1, 32, 0, 1, 4), (16, 1, 32, 0, 1, 3), (16, 1, 32, 0, 1, 5), (16, 1, 64, 0, 1, 2),
+    ]),
+    ("queries", "train", QueryTiles, [
+        (64, 3, 32, 4, 2), (64, 1, 32, 4, 3), (64, 1, 64, 4, 2), (64, 3, 32, 4, 3),
+    ]),
+    ("keys", "train", KeyTiles, [(32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2)]),
+    ("queries", "pocket", QueryTiles, [(16, 1, 64, 1, 2), (16, 1, 32, 1, 3), (16, 1, 64, 2, 2)]),
+    ("keys", "pocket", KeyTiles, [(64, 16, 2, 2), (64, 16, 1, 2), (32, 16, 1, 3), (64, 16, 2, 3)]),
+]  # fmt: skip
+
+
 def choices() -> list[Choice]:
-    found = [
-        Choice("forward", "pair", HopperTiles(64, 16, 1, 6, 3)),
-        Choice("forward", "pair", HopperTiles(128, 32, 2, 3, 3)),
-        *(Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), split) for split in (1, 2, 3)),
-        Choice("forward", "wide", HopperTiles(64, 0, 1, 6, 3)),
-        Choice("queries", "train", HopperTiles(32, 0, 1, 8, 3)),
-        Choice("keys", "train", HopperTiles(32, 0, 1, 8, 3)),
+    """What is tried: those above, and one row of the paper in lists cut into parts."""
+    rows = [
+        Choice("forward", "paper", HopperTiles(128, 32, 2, 3, 3, turns), split)
+        for split in (1, 2, 3)
+        for turns in (False, True)
     ]
-    found += [
-        Choice("forward", "pair", ForwardTiles(64, *rest))
-        for rest in (
-            (3, 64, 16, 4, 3), (3, 64, 16, 4, 2), (3, 32, 0, 4, 3), (3, 64, 0, 4, 2),
-            (1, 64, 16, 4, 3), (1, 64, 16, 4, 2), (2, 64, 16, 4, 3), (1, 128, 32, 4, 2),
-        )
-    ]  # fmt: skip
-    found += [
-        Choice("forward", "wide", ForwardTiles(64, *rest))
-        for rest in ((3, 64, 0, 4, 2), (3, 64, 0, 4, 3), (3, 32, 0, 4, 3), (1, 64, 0, 4, 3))
+    rows += [
+        Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), 2),
+        Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 3), 2),
     ]
-    found += [
-        Choice("forward", "peer", tiles)
-        for tiles in (
-            HopperTiles(64, 0, 1, 3, 2), ForwardTiles(64, 2, 64, 0, 4, 3),
-            ForwardTiles(64, 1, 64, 0, 4, 3), ForwardTiles(128, 1, 64, 0, 8, 3),
-            ForwardTiles(128, 1, 128, 0, 8, 2),
-        )
-    ]  # fmt: skip
-    found += [
-        Choice("forward", "pocket", ForwardTiles(16, 1, keys, 0, warps, stages))
-        for keys, warps, stages in (
-            (64, 1, 3), (64, 1, 2), (32, 1, 4), (128, 1, 2), (64, 2, 3), (128, 2, 2), (128, 4, 2)
-        )
-    ]  # fmt: skip
-    found += [
-        Choice("queries", "train", QueryTiles(*tiles))
-        for tiles in ((64, 3, 32, 4, 2), (64, 1, 32, 4, 3), (64, 1, 64, 4, 2), (128, 1, 64, 8, 2))
+    return rows + [
+        Choice(what, shape, tiles(*numbers))
+        for what, shape, tiles, many in TRIED
+        for numbers in many
     ]
-    found += [
-        Choice("keys", "train", KeyTiles(*tiles))
-        for tiles in ((32, 64, 4, 2), (64, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2))
-    ]
-    found += [
-        Choice("queries", "train", QueryTiles(128, 1, *rest)) for rest in ((32, 8, 2), (64, 8, 2))
-    ]
-    for rest in ((64, 1, 2), (32, 1, 3), (64, 2, 2), (128, 4, 2)):
-        found.append(Choice("queries", "pocket", QueryTiles(16, 1, *rest)))
-        found.append(Choice("keys", "pocket", KeyTiles(rest[0], 16, *rest[1:])))
-    found += [
-        Choice("forward", "pair", HopperTiles(64, 16, 1, 4, 3)),
-        Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 2), 2),
-        Choice("queries", "train", HopperTiles(32, 0, 1, 5, 3)),
-        Choice("keys", "train", HopperTiles(32, 0, 1, 5, 3)),
-    ]
-    return found
 
 
 class Inputs(NamedTuple):
@@ -148,7 +144,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(shape: Shape) -> Inputs:
-    """Random blocks and ascending lists; causal ones reach back from their chunk of 4 latents."""
+    """Random blocks and ascending lists, which reach back from a query block's chunk if any."""
     B, H, G, NQ, NK, P, D, K = shape[:8]
     make = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
@@ -156,9 +152,9 @@ def inputs(shape: Shape) -> Inputs:
         for n in (NQ, NK, NK)
     )
     rank = torch.rand(B, G, NQ, NK, device="cuda", generator=make)
-    if shape.causal:
-        # Streams of NK blocks side by side; 24 blocks are a chunk.
-        reach = (torch.arange(NQ, device="cuda") % NK) // 24 * 24
+    if shape.chunk:
+        # Streams of NK blocks side by side.
+        reach = (torch.arange(NQ, device="cuda") % NK) // shape.chunk * shape.chunk
         rank[:, :, torch.arange(NK, device="cuda") >= reach[:, None]] = 2.0
     best, lists = rank.topk(min(K, NK), dim=-1, largest=False)
     lists = torch.where(best < 2.0, lists, NK).sort(-1).values
@@ -168,8 +164,10 @@ def inputs(shape: Shape) -> Inputs:
 
 
 def small(shape: Shape) -> Shape:
-    """The same blocks, few of them."""
-    return shape._replace(B=min(shape.B, 2), H=2, G=min(shape.G, 2), NQ=72, NK=48, K=7)
+    """The same blocks, few of them: all workers hold such inputs at once, and the definition's
+    scores of every query against every key."""
+    chunk = min(shape.chunk, 4)
+    return shape._replace(B=min(shape.B, 2), H=2, G=min(shape.G, 2), NQ=12, NK=12, K=7, chunk=chunk)
 
 
 def call(choice: Choice, x: Inputs, shared: dict) -> Callable[[], Any]:

@@ -139,7 +139,8 @@ def _vsa(x: OperatorInputs) -> Attention:
 PEERS = {
     "fa4": Peer("flash-attn-4", "flash_attn.cute", _fa4),
     "cudnn_bsa": Peer("nvidia-cudnn-frontend", "cudnn.block_sparse_attention.api", _cudnn),
-    "vsa": Peer("fastvideo-kernel", "fastvideo_kernel", _vsa),
+    # Without its compiled part it would silently run Triton instead.
+    "vsa": Peer("fastvideo-kernel", "fastvideo_kernel._C.fastvideo_kernel_ops", _vsa),
 }
 
 _NOT_CALLED = {

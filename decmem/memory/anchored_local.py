@@ -19,6 +19,8 @@ class AnchoredLocalMemory(nn.Module):
         super().__init__()
         self.layout = layout
         self.backend: Backend = backend
+        self.counts: Tensor | None
+        self.register_buffer("counts", layout.counts, persistent=False)
 
     def _valid(self, device: torch.device) -> Bool[Tensor, "S"] | None:
         valid = self.layout.valid_on(device)
@@ -32,4 +34,5 @@ class AnchoredLocalMemory(nn.Module):
         windows: WindowTable,
     ) -> Float[Tensor, "B H T S D"]:
         """o_alm."""
-        return window_attention(q, k, v, windows, self._valid(q.device), self.backend)
+        valid = self._valid(q.device)
+        return window_attention(q, k, v, windows, valid, self.backend, self.counts)

@@ -11,10 +11,13 @@ only the tile where they end is masked), or any slots. It repeats with its first
 row per kind of block is enough. Slots without a token may hold any finite number. Blocks listed
 nowhere are never touched.
 
-Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots; only
-on request), `triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's
-compiler, again for every length of the history), `gather` (everywhere; copies what is listed) and
-`reference` (everywhere; the definition, dense and fp32).
+Keys and values may be stored in 8 bits (e4m3) with a scale for every token: `k_scale` and
+`v_scale`, shaped as the blocks with one number a token. Then there are no gradients.
+
+Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots),
+`triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's compiler, again for every
+length of the history), `gather` (everywhere; copies what is listed) and `reference` (everywhere;
+the definition, dense and fp32). Unasked, the first of `hopper`, `triton` and `gather` that can run.
 """
 
 import importlib.util
@@ -34,7 +37,6 @@ Backend = Literal["auto", "reference", "gather", "triton", "hopper", "flex"]
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "reference": reference.block_sparse_attention,
     "gather": gather.block_sparse_attention,
-    "flex": flex.block_sparse_attention,
 }
 
 # Asked once: compiled code cannot search for packages.
@@ -49,11 +51,13 @@ def triton_available() -> bool:
 def choose_backend(backend: Backend, q: Tensor) -> Backend:
     """The backend that will run: what was asked for, or the best one for where `q` lies.
 
+    Of "auto", "triton" says that kernels will run: theirs or, where the shapes suit them, those of
+    `hopper`, which is for the operators to decide.
+
     Raises:
         UserError: on an unknown backend, or one asked for where it cannot run.
     """
     if backend == "auto":
-        # `hopper` runs on request only, until it was measured and checked on such a GPU.
         return "triton" if q.is_cuda and triton_available() else "gather"
     if backend not in get_args(Backend):
         known = ", ".join(get_args(Backend))
@@ -72,6 +76,19 @@ def choose_backend(backend: Backend, q: Tensor) -> Backend:
     return backend
 
 
+def _check_scales(
+    k_scale: Tensor | None, v_scale: Tensor | None, learning: tuple[Tensor, ...]
+) -> None:
+    if (k_scale is None) != (v_scale is None):
+        raise UserError("k_scale", "keys and values must both have scales", "Give v_scale too")
+    if k_scale is not None and torch.is_grad_enabled() and any(x.requires_grad for x in learning):
+        raise UserError(
+            "k_scale",
+            "what is stored with scales has no gradients",
+            "Call it under torch.no_grad(), or restore keys and values first",
+        )
+
+
 def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
     k: Float[Tensor, "#B H Nk Pk D"],
@@ -80,24 +97,35 @@ def block_sparse_attention(
     valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
+    k_scale: Float[Tensor, "#B H Nk Pk 1"] | None = None,
+    v_scale: Float[Tensor, "#B H Nk Pk 1"] | None = None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
     """Attention of each query block over its own list of key blocks (figure 4).
 
     Differentiable in q, k and v; where worlds share keys, the gradients of these add up. `scale`
-    defaults to D^-1/2. `backend="auto"` takes `triton` on a GPU where Triton is installed, and
-    gather + SDPA elsewhere. A query block with an empty list reads zeros.
+    defaults to D^-1/2. `backend="auto"` takes `hopper` where that can run, else `triton` on a GPU
+    where Triton is installed, and gather + SDPA elsewhere. A query block with an empty list reads
+    zeros.
 
     Raises:
-        UserError: on an unknown backend, or one that cannot run here or with these inputs.
+        UserError: on an unknown backend, or one that cannot run here or with these inputs, and
+            where scales come one without the other, or with gradients.
     """
+    _check_scales(k_scale, v_scale, (q, k, v))
     chosen = choose_backend(backend, q)
     if lists.shape[-1] == 0:
         return torch.zeros_like(q)
+    if chosen == "flex":
+        k, v = (reference.restored(x, s, q.dtype) for x, s in ((k, k_scale), (v, v_scale)))
+        return flex.block_sparse_attention(q, k, v, lists, valid=valid, scale=scale)
     if chosen in _PLAIN:
-        return _PLAIN[chosen](q, k, v, lists, valid=valid, scale=scale)
+        return _PLAIN[chosen](q, k, v, lists, valid, scale, k_scale, v_scale)
     from decmem.ops import sparse_kernels
 
-    return sparse_kernels.block_sparse_attention(q, k, v, lists, valid, scale, chosen)
+    kernels = "auto" if backend == "auto" else chosen
+    return sparse_kernels.block_sparse_attention(
+        q, k, v, lists, valid, scale, kernels, k_scale, v_scale
+    )  # fmt: skip
 
 
 def decoupled_attention(
@@ -110,6 +138,8 @@ def decoupled_attention(
     valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
+    k_scale: Float[Tensor, "#B H Nk Pk 1"] | None = None,
+    v_scale: Float[Tensor, "#B H Nk Pk 1"] | None = None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
     """o_alm + g o_sgm (equation 3), where o_sgm is `block_sparse_attention` of the rest.
 
@@ -128,11 +158,12 @@ def decoupled_attention(
         )
     chosen = choose_backend(backend, q)
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (o_alm, gate, q, k, v))
-    if chosen in _PLAIN or learning or lists.shape[-1] == 0:
-        o_sgm = block_sparse_attention(q, k, v, lists, valid, scale, backend)
+    if chosen in (*_PLAIN, "flex") or learning or lists.shape[-1] == 0:
+        o_sgm = block_sparse_attention(q, k, v, lists, valid, scale, backend, k_scale, v_scale)
         return o_alm + (gate * o_sgm).to(o_alm.dtype)
     from decmem.ops import sparse_kernels
 
+    kernels = "auto" if backend == "auto" else chosen
     return sparse_kernels.decoupled_attention(
-        o_alm, gate, q, k, v, lists, valid, scale, chosen
+        o_alm, gate, q, k, v, lists, valid, scale, kernels, k_scale, v_scale
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from decmem.ops.reference import slots_of
+from decmem.ops.reference import restored, slots_of
 from decmem.ops.untraced import untraced
 
 _SLAB = 2**19
@@ -22,6 +22,8 @@ def block_sparse_attention(
     lists: Int[Tensor, "#B G Nq K"],
     valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None = None,
     scale: float | None = None,
+    k_scale: Float[Tensor, "#B H Nk Pk 1"] | None = None,
+    v_scale: Float[Tensor, "#B H Nk Pk 1"] | None = None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
     """Same contract as `decmem.ops.reference.block_sparse_attention`."""
     Pk = k.shape[3]
@@ -45,33 +47,42 @@ def block_sparse_attention(
         nothing = ~slots.any(-1, keepdim=True)
         # A row without keys would be NaN: let it read anything and blank the result.
         slots = slots | nothing
-    if untraced(q) and lists.shape[1] == 1:
+    if untraced(q) and lists.shape[1] == 1 and k_scale is None:
         out = _slab_by_slab(q, k, v, lists, slots, scale)
     else:
         if empty is not None and on_cpu and not empty.any():
             empty = None
-        out = _at_once(q, k, v, lists, slots, empty, scale)
+        out = _at_once(q, (k, k_scale), (v, v_scale), lists, slots, empty, scale)
     return out if nothing is None else torch.where(nothing[..., None], 0.0, out)
 
 
 def _at_once(
     q: Float[Tensor, "B H Nq Pq D"],
-    k: Float[Tensor, "#B H Nk Pk D"],
-    v: Float[Tensor, "#B H Nk Pk D"],
+    stored_keys: tuple[Tensor, Tensor | None],
+    stored_values: tuple[Tensor, Tensor | None],
     lists: Int[Tensor, "B G Nq K"],
     slots: Bool[Tensor, "B G Nq KPk"] | None,
     empty: Bool[Tensor, "B G Nq"] | None,
     scale: float | None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
-    """One flat list of blocks over batch and heads, so that the gather is a single index_select."""
+    """One flat list of blocks over batch and heads, so that the gather is a single index_select.
+
+    Keys and values come with the scales they are stored with, if any: only what is gathered is
+    restored.
+    """
     B, H, Nq, Pq, D = q.shape
-    worlds, _, Nk, Pk, _ = k.shape
+    worlds, _, Nk, Pk, _ = stored_keys[0].shape
     K = lists.shape[-1]
     world_head = torch.arange(worlds * H, device=q.device).view(worlds, H, 1, 1) * Nk
     index = (world_head + lists).flatten()
+
+    def gathered(x: Tensor) -> Tensor:
+        found = x.reshape(worlds * H * Nk, -1).index_select(0, index)
+        return found.view(B, H * Nq, K * Pk, x.shape[-1])
+
     keys, values = (
-        x.reshape(worlds * H * Nk, Pk * D).index_select(0, index).view(B, H * Nq, K * Pk, D)
-        for x in (k, v)
+        restored(gathered(x), None if scales is None else gathered(scales), q.dtype)
+        for x, scales in (stored_keys, stored_values)
     )
     if empty is not None:
         # An empty list reads no block at all: what stands in for it is blanked.

@@ -25,6 +25,11 @@ def slots_of(
     return torch.arange(slots, device=valid.device) < valid[:, None]
 
 
+def restored(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Stored numbers times the scale of their token, in `dtype`; as they are without a scale."""
+    return x if scale is None else (x.float() * scale.float()).to(dtype)
+
+
 def block_sparse_attention(
     q: Float[Tensor, "B H Nq Pq D"],
     k: Float[Tensor, "#B H Nk Pk D"],
@@ -32,6 +37,8 @@ def block_sparse_attention(
     lists: Int[Tensor, "#B G Nq K"],
     valid: Bool[Tensor, "period Pk"] | Int[Tensor, " period"] | None = None,
     scale: float | None = None,
+    k_scale: Float[Tensor, "#B H Nk Pk 1"] | None = None,
+    v_scale: Float[Tensor, "#B H Nk Pk 1"] | None = None,
 ) -> Float[Tensor, "B H Nq Pq D"]:
     """Every token of query block i attends densely to every token of the blocks in its list.
 
@@ -39,6 +46,7 @@ def block_sparse_attention(
     """
     B, H, Nq, Pq, D = q.shape
     Nk, Pk = k.shape[2:4]
+    k, v = restored(k, k_scale, torch.float32), restored(v, v_scale, torch.float32)
     valid = slots_of(valid, Pk)
     mask = block_mask(lists, Nk)  # (B, G, Nq, Nk)
     mask = mask[..., None].expand(*mask.shape, Pk)

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from decmem.ops.sparse_restore_kernels import alike
 from decmem.ops.sparse_tiles import (
     LOG2E,
     ForwardTiles,
-    blocks,
     cdiv,
     columns,
     forward_tiles,
@@ -54,6 +54,17 @@ def rows_of(X, at, d, D: tl.constexpr, CUT: tl.constexpr):
     if CUT:
         return tl.load(X + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
     return tl.load(X + at[:, None] + d[None, :])
+
+
+@triton.jit
+@no_type_check
+def stored_rows_of(X, SCALE, at, d, q, D: tl.constexpr, CUT: tl.constexpr, SCALED: tl.constexpr):
+    """`rows_of` in the type of `q`: numbers stored in 8 bits times the scale of their token."""
+    x = rows_of(X, at, d, D, CUT)
+    if SCALED:
+        scale = tl.load(SCALE + at // D).to(tl.float32)
+        x = (x.to(tl.float32) * scale[:, None]).to(q.dtype)
+    return x
 
 
 @triton.jit
@@ -200,14 +211,15 @@ def _finish(
 )  # fmt: skip
 @no_type_check
 def forward_kernel(
-    Q, K, V, LISTS, VALID, OUT, LSE, ALM, GATE,
+    Q, K, V, K_SCALE, V_SCALE, LISTS, VALID, OUT, LSE, ALM, GATE,
     B, H, G, NQ, slots, lists_world, k_world, k_head, v_world, v_head, scale,
     PQ: tl.constexpr, PK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK: tl.constexpr, PERIOD: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr,
-    SMALL: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
+    SCALED: tl.constexpr, SMALL: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Strides of k and v are in blocks; `scale` is that of exp2.
+    """Strides of k and v are in blocks, and those of their scales are the same where they are
+    `SCALED`; `scale` is that of exp2.
 
     `SPLIT` > 1 cuts every list in so many parts, whose results `merge_kernel` puts together.
     """
@@ -231,6 +243,9 @@ def forward_kernel(
     line = ((b * H + h).to(tl.int64) * NQ + i) * PQ
     K += (b * k_world + h * k_head).to(tl.int64) * (PK * D)
     V += (b * v_world + h * v_head).to(tl.int64) * (PK * D)
+    if SCALED:
+        K_SCALE += (b * k_world + h * k_head).to(tl.int64) * PK
+        V_SCALE += (b * v_world + h * v_head).to(tl.int64) * PK
 
     q = Q + line * D
     q00 = some_rows_of(q, row, d0, PQ, D)
@@ -255,12 +270,12 @@ def forward_kernel(
         block, first, left, ok, at = key_tile(
             t, LISTS, VALID, filled, PK, D, MASK, PERIOD, SMALL, SPAN, SPANS, BN
         )
-        k0 = rows_of(K, at, d0, D, D0 > D)
-        v0 = rows_of(V, at, d0, D, D0 > D)
+        k0 = stored_rows_of(K, K_SCALE, at, d0, q00, D, D0 > D, SCALED)
+        v0 = stored_rows_of(V, V_SCALE, at, d0, q00, D, D0 > D, SCALED)
         k1, v1, kt0, vt0, kt1, vt1, tail_ok = k0, v0, k0, v0, k0, v0, ok
         if D1 > 0:
-            k1 = rows_of(K, at, d1, D, D0 + D1 > D)
-            v1 = rows_of(V, at, d1, D, D0 + D1 > D)
+            k1 = stored_rows_of(K, K_SCALE, at, d1, q00, D, D0 + D1 > D, SCALED)
+            v1 = stored_rows_of(V, V_SCALE, at, d1, q00, D, D0 + D1 > D, SCALED)
         if BT > 0:
             rest = first + BN + tl.arange(0, BT)
             tail_ok = rest < PK
@@ -269,11 +284,11 @@ def forward_kernel(
             if MASK == SLOTS:
                 tail_ok = tail_ok & (tl.load(VALID + block % PERIOD * PK + rest) != 0)
             at = (block * PK + rest) * D
-            kt0 = rows_of(K, at, d0, D, D0 > D)
-            vt0 = rows_of(V, at, d0, D, D0 > D)
+            kt0 = stored_rows_of(K, K_SCALE, at, d0, q00, D, D0 > D, SCALED)
+            vt0 = stored_rows_of(V, V_SCALE, at, d0, q00, D, D0 > D, SCALED)
             if D1 > 0:
-                kt1 = rows_of(K, at, d1, D, D0 + D1 > D)
-                vt1 = rows_of(V, at, d1, D, D0 + D1 > D)
+                kt1 = stored_rows_of(K, K_SCALE, at, d1, q00, D, D0 + D1 > D, SCALED)
+                vt1 = stored_rows_of(V, V_SCALE, at, d1, q00, D, D0 + D1 > D, SCALED)
         top0, norm0, acc00, acc01 = _attend(
             q00, q01, k0, k1, v0, v1, kt0, kt1, vt0, vt1, left, ok, tail_ok,
             top0, norm0, acc00, acc01, scale, MASKED, BN, BT, D1, FIRST,
@@ -378,24 +393,28 @@ def merge(parts: Parts, out: Tensor, lse: Tensor, alm: Tensor | None, gate: Tens
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     alm: Tensor | None = None, gate: Tensor | None = None, split: int | None = None,
-    tiles: ForwardTiles | None = None,
+    tiles: ForwardTiles | None = None, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and log-sum-exp (base 2). All but k and v lie in one piece; lists are int32."""
+    """Output and log-sum-exp (base 2). All but k and v, and the scales of what is stored in 8 bits,
+    lie in one piece; lists are int32."""
     B, H, NQ, PQ, D = q.shape
     PK = k.shape[3]
     tiles = tiles or forward_tiles(PQ, PK, D, q.element_size())
     programs = B * H * NQ * cdiv(PQ, tiles.rows * tiles.tiles)
     split = split_of(programs // 2, q.device) if split is None else split
-    keys, values = blocks(k), blocks(v)
+    keys, k_scale = alike(k, k_scale)
+    values, v_scale = alike(v, v_scale)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32)
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     joined = (alm, gate, gated(gate)) if split == 1 else (None, None, 0)
     forward_kernel[(programs * split,)](
-        q, keys.tensor, values.tensor, lists, valid, *target, *joined[:2],
+        q, keys.tensor, values.tensor, k_scale, v_scale, lists, valid, *target, *joined[:2],
         B, H, lists.shape[1], NQ, lists.shape[-1],
         0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head, scale * LOG2E,
-        **common(q, k, valid), GATED=joined[2], SPLIT=split, SMALL=tiles.keys > PK,
+        **common(q, k, valid), GATED=joined[2], SPLIT=split, SCALED=k_scale is not None,
+        SMALL=tiles.keys > PK,
         BM=tiles.rows, TILES=tiles.tiles, BN=tiles.keys, BT=tiles.tail,
         num_warps=tiles.warps, num_stages=tiles.stages,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip

@@ -90,12 +90,12 @@ def _product(a, b, stage, nothing, GROUP: gl.constexpr, D1: gl.constexpr):
 @no_type_check
 def _query_group(
     Q, DOUT, LSE, DELTA, DQ, LISTS, VALID, k_maps, v_maps, q_buffers, do_buffers, k_buffers,
-    v_buffers, full, free, line, k_line, v_line, row, last, scale, scale_log2,
+    v_buffers, full, free, turn, line, k_line, v_line, row, last, scale, scale_log2,
     PQ: gl.constexpr, PK: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
-    PERIOD: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    GROUPS: gl.constexpr,
+    PERIOD: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """dQ of 64 rows."""
+    """dQ of 64 rows; `TURNS` as in the forward."""
     SPANS: gl.constexpr = PK // BN
     DX: gl.constexpr = at_least_16(D1)
     s_layout: gl.constexpr = accumulator(BN)
@@ -133,6 +133,8 @@ def _query_group(
         mbarrier.wait(full.index(stage), (n // STAGES) & 1)
         s = _product(q_buffers, k_buffers, stage, nothing, GROUP, D1)
         dp = _product(do_buffers, v_buffers, stage, nothing, GROUP, D1)
+        if TURNS:
+            mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1, pred=n > 0)
         if D1 > 0:
             s, dp, dq0, dq1 = warpgroup_mma_wait(0, deps=[s, dp, dq0, dq1])
         else:
@@ -149,6 +151,8 @@ def _query_group(
             if left < BN:
                 p = gl.where((places + zero < left)[None, :], p, 0.0)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), operand)
+        if TURNS:
+            mbarrier.wait(turn.index(GROUP), (n & 1) ^ 1 if GROUP == 0 else n & 1)
         dq0 = warpgroup_mma(ds, k_buffers[0].index(stage), dq0, is_async=True)
         if D1 > 0:
             dq1 = warpgroup_mma(ds, k_buffers[1].index(stage), dq1, is_async=True)
@@ -156,6 +160,8 @@ def _query_group(
         dq0, dq1 = warpgroup_mma_wait(0, deps=[dq0, dq1])
     else:
         dq0 = warpgroup_mma_wait(0, deps=[dq0])
+    if TURNS:
+        mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
     c = gl.arange(0, D0, gl.SliceLayout(0, o_layout))
     _write_rows(DQ, line, rows, c, dq0 * scale, rows < PQ, D)
@@ -175,7 +181,8 @@ def query_gradient_kernel(
     Q, DOUT, LSE, DELTA, DQ, K0, K1, KT0, KT1, V0, V1, VT0, VT1, LISTS, VALID,
     B, H, G, NQ, slots, lists_world, k_world, k_head, v_world, v_head, scale, scale_log2,
     PQ: gl.constexpr, PK: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
-    PERIOD: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    PERIOD: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):  # fmt: skip
     """dQ. Programs, maps and stages as in the forward, without tails."""
     SPANS: gl.constexpr = PK // BN
@@ -206,6 +213,9 @@ def query_gradient_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=GROUPS)
         mbarrier.init(free.index(s), count=GROUPS)
+    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(GROUPS):
+        mbarrier.init(turn.index(s), count=1)
 
     pid = gl.program_id(0)
     i = (pid // PROGRAMS) % NQ
@@ -226,20 +236,20 @@ def query_gradient_kernel(
     if GROUPS == 1:
         _query_group(
             Q, DOUT, LSE, DELTA, DQ, LISTS, VALID, k_maps, v_maps, q_buffers, do_buffers, k_buffers,
-            v_buffers, full, free, line, k_line, v_line, row, last, scale, scale_log2, PQ, PK, D,
-            D0, D1, PERIOD, BN, STAGES, 0, GROUPS,
+            v_buffers, full, free, turn, line, k_line, v_line, row, last, scale, scale_log2, PQ,
+            PK, D, D0, D1, PERIOD, BN, STAGES, TURNS, 0, GROUPS,
         )  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize(
             [
                 (_query_group, (
                     Q, DOUT, LSE, DELTA, DQ, LISTS, VALID, k_maps, v_maps, q_buffers, do_buffers,
-                    k_buffers, v_buffers, full, free, line, k_line, v_line, row, last, scale,
-                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, 0, GROUPS)),
+                    k_buffers, v_buffers, full, free, turn, line, k_line, v_line, row, last, scale,
+                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, TURNS, 0, GROUPS)),
                 (_query_group, (
                     Q, DOUT, LSE, DELTA, DQ, LISTS, VALID, k_maps, v_maps, q_buffers, do_buffers,
-                    k_buffers, v_buffers, full, free, line, k_line, v_line, row, last, scale,
-                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, 1, GROUPS)),
+                    k_buffers, v_buffers, full, free, turn, line, k_line, v_line, row, last, scale,
+                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, TURNS, 1, GROUPS)),
             ],
             [4], [EVEN_SPLIT],
         )  # fmt: skip
@@ -248,16 +258,16 @@ def query_gradient_kernel(
             [
                 (_query_group, (
                     Q, DOUT, LSE, DELTA, DQ, LISTS, VALID, k_maps, v_maps, q_buffers, do_buffers,
-                    k_buffers, v_buffers, full, free, line, k_line, v_line, row, last, scale,
-                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, 0, GROUPS)),
+                    k_buffers, v_buffers, full, free, turn, line, k_line, v_line, row, last, scale,
+                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, TURNS, 0, GROUPS)),
                 (_query_group, (
                     Q, DOUT, LSE, DELTA, DQ, LISTS, VALID, k_maps, v_maps, q_buffers, do_buffers,
-                    k_buffers, v_buffers, full, free, line, k_line, v_line, row, last, scale,
-                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, 1, GROUPS)),
+                    k_buffers, v_buffers, full, free, turn, line, k_line, v_line, row, last, scale,
+                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, TURNS, 1, GROUPS)),
                 (_query_group, (
                     Q, DOUT, LSE, DELTA, DQ, LISTS, VALID, k_maps, v_maps, q_buffers, do_buffers,
-                    k_buffers, v_buffers, full, free, line, k_line, v_line, row, last, scale,
-                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, 2, GROUPS)),
+                    k_buffers, v_buffers, full, free, turn, line, k_line, v_line, row, last, scale,
+                    scale_log2, PQ, PK, D, D0, D1, PERIOD, BN, STAGES, TURNS, 2, GROUPS)),
             ],
             [4, 4], [EVEN_SPLIT, EVEN_SPLIT],
         )  # fmt: skip
@@ -462,7 +472,7 @@ def run_query_gradient(
         0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head, scale, scale * LOG2E,
         PQ=PQ, PK=PK, D=D, D0=D0, D1=D1, PERIOD=0 if valid is None else valid.shape[0],
-        BN=tiles.keys, STAGES=tiles.stages, GROUPS=tiles.groups, num_warps=4,
+        BN=tiles.keys, STAGES=tiles.stages, TURNS=tiles.turns, GROUPS=tiles.groups, num_warps=4,
     )  # fmt: skip
     return dq
 

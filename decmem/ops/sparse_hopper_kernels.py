@@ -31,8 +31,8 @@ from decmem.ops.sparse_tiles import (
     blocks,
     cdiv,
     columns,
+    hopper_split_of,
     hopper_tiles,
-    split_of,
 )
 
 # The second is its name before Triton 3.7.
@@ -181,13 +181,17 @@ def _stored(
 @no_type_check
 def _compute(
     Q, OUT, LSE, ALM, GATE, LISTS, VALID, k_maps, v_maps, q_buffers, k_buffers, v_buffers, full,
-    free, line, shift, k_line, v_line, row, first, last, scale,
+    free, turn, line, shift, k_line, v_line, row, first, last, scale,
     PQ: gl.constexpr, PK: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     PERIOD: gl.constexpr, GATED: gl.constexpr, PARTIAL: gl.constexpr, BN: gl.constexpr,
-    BT: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
-    GROUPS: gl.constexpr,
+    BT: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """What one warp group does: 64 rows of queries against all spans of the list."""
+    """What one warp group does: 64 rows of queries against all spans of the list.
+
+    With `TURNS`, groups start their matrix products one after another. They would all start at
+    once otherwise, and then all be busy with their softmax while the tensor cores have no work.
+    """
     SPAN: gl.constexpr = BN + BT
     SPANS: gl.constexpr = PK // SPAN
     KEYS: gl.constexpr = BN // PIECES
@@ -269,6 +273,9 @@ def _compute(
             )  # fmt: skip
             if D1 > 0:
                 st = warpgroup_mma(q1, k_pieces[3].index(there).permute((1, 0)), st, is_async=True)
+        if TURNS:
+            # The tensor cores do products in the order in which they were started.
+            mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1, pred=u > 0)
         # This waits for the products with the last piece's values too.
         if TAIL > 0 and D1 > 0:
             s, st, acc0, acc1 = warpgroup_mma_wait(0, deps=[s, st, acc0, acc1])
@@ -302,15 +309,21 @@ def _compute(
         p = gl.exp2(s * scale - shifts[:, None])
         norm = norm * fade + gl.convert_layout(gl.sum(p, axis=1), stats)
         p = gl.convert_layout(p.to(dtype), weights)
-        acc0 = warpgroup_mma(p, v_pieces[0].index(there), acc0 * fade[:, None], is_async=True)
+        acc0 = acc0 * fade[:, None]
         if D1 > 0:
-            fade1 = gl.convert_layout(fade, gl.SliceLayout(1, x_layout))
-            acc1 = warpgroup_mma(p, v_pieces[1].index(there), acc1 * fade1[:, None], is_async=True)
+            acc1 = acc1 * gl.convert_layout(fade, gl.SliceLayout(1, x_layout))[:, None]
         if TAIL > 0:
             shifts = gl.convert_layout(new_top, gl.SliceLayout(1, t_layout))
             pt = gl.exp2(st * scale - shifts[:, None])
             norm += gl.convert_layout(gl.sum(pt, axis=1), stats)
             pt = gl.convert_layout(pt.to(dtype), weights)
+        if TURNS:
+            # The first group begins; a turn lasts until the next keys have met the queries.
+            mbarrier.wait(turn.index(GROUP), (u & 1) ^ 1 if GROUP == 0 else u & 1)
+        acc0 = warpgroup_mma(p, v_pieces[0].index(there), acc0, is_async=True)
+        if D1 > 0:
+            acc1 = warpgroup_mma(p, v_pieces[1].index(there), acc1, is_async=True)
+        if TAIL > 0:
             acc0 = warpgroup_mma(pt, v_pieces[2].index(there), acc0, is_async=True)
             if D1 > 0:
                 acc1 = warpgroup_mma(pt, v_pieces[3].index(there), acc1, is_async=True)
@@ -318,6 +331,8 @@ def _compute(
         acc0, acc1 = warpgroup_mma_wait(0, deps=[acc0, acc1])
     else:
         acc0 = warpgroup_mma_wait(0, deps=[acc0])
+    if TURNS:
+        mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
 
     some = norm > 0
     norm = gl.where(some, norm, 1.0)
@@ -345,7 +360,8 @@ def forward_kernel(
     B, H, G, NQ, slots, lists_world, k_world, k_head, v_world, v_head, scale,
     PQ: gl.constexpr, PK: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     PERIOD: gl.constexpr, GATED: gl.constexpr, SPLIT: gl.constexpr, BN: gl.constexpr,
-    BT: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+    BT: gl.constexpr, PIECES: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Arguments as of `sparse_forward_kernels.forward_kernel`; K and V as maps of the copy engine.
 
@@ -384,6 +400,9 @@ def forward_kernel(
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=GROUPS)
         mbarrier.init(free.index(s), count=GROUPS)
+    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(GROUPS):
+        mbarrier.init(turn.index(s), count=1)
 
     pid = gl.program_id(0)
     i = (pid // PROGRAMS) % NQ
@@ -409,20 +428,22 @@ def forward_kernel(
     if GROUPS == 1:
         _compute(
             Q, OUT, LSE, ALM, GATE, LISTS, VALID, k_maps, v_maps, q_buffers, k_buffers, v_buffers,
-            full, free, line, shift, k_line, v_line, row, first, last, scale, PQ, PK, D, D0, D1,
-            PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES, 0, GROUPS,
+            full, free, turn, line, shift, k_line, v_line, row, first, last, scale, PQ, PK, D, D0,
+            D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES, TURNS, 0, GROUPS,
         )  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize(
             [
                 (_compute, (
                     Q, OUT, LSE, ALM, GATE, LISTS, VALID, k_maps, v_maps, q_buffers, k_buffers,
-                    v_buffers, full, free, line, shift, k_line, v_line, row, first, last, scale, PQ,
-                    PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES, 0, GROUPS)),
+                    v_buffers, full, free, turn, line, shift, k_line, v_line, row, first, last,
+                    scale, PQ, PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES,
+                    TURNS, 0, GROUPS)),
                 (_compute, (
                     Q, OUT, LSE, ALM, GATE, LISTS, VALID, k_maps, v_maps, q_buffers, k_buffers,
-                    v_buffers, full, free, line, shift, k_line, v_line, row, first, last, scale, PQ,
-                    PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES, 1, GROUPS)),
+                    v_buffers, full, free, turn, line, shift, k_line, v_line, row, first, last,
+                    scale, PQ, PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES,
+                    TURNS, 1, GROUPS)),
             ],
             [4], [EVEN_SPLIT],
         )  # fmt: skip
@@ -431,16 +452,19 @@ def forward_kernel(
             [
                 (_compute, (
                     Q, OUT, LSE, ALM, GATE, LISTS, VALID, k_maps, v_maps, q_buffers, k_buffers,
-                    v_buffers, full, free, line, shift, k_line, v_line, row, first, last, scale, PQ,
-                    PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES, 0, GROUPS)),
+                    v_buffers, full, free, turn, line, shift, k_line, v_line, row, first, last,
+                    scale, PQ, PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES,
+                    TURNS, 0, GROUPS)),
                 (_compute, (
                     Q, OUT, LSE, ALM, GATE, LISTS, VALID, k_maps, v_maps, q_buffers, k_buffers,
-                    v_buffers, full, free, line, shift, k_line, v_line, row, first, last, scale, PQ,
-                    PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES, 1, GROUPS)),
+                    v_buffers, full, free, turn, line, shift, k_line, v_line, row, first, last,
+                    scale, PQ, PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES,
+                    TURNS, 1, GROUPS)),
                 (_compute, (
                     Q, OUT, LSE, ALM, GATE, LISTS, VALID, k_maps, v_maps, q_buffers, k_buffers,
-                    v_buffers, full, free, line, shift, k_line, v_line, row, first, last, scale, PQ,
-                    PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES, 2, GROUPS)),
+                    v_buffers, full, free, turn, line, shift, k_line, v_line, row, first, last,
+                    scale, PQ, PK, D, D0, D1, PERIOD, GATED, SPLIT > 1, BN, BT, PIECES, STAGES,
+                    TURNS, 2, GROUPS)),
             ],
             [4, 4], [EVEN_SPLIT, EVEN_SPLIT],
         )  # fmt: skip
@@ -487,7 +511,8 @@ def run_forward(
     D0, D1 = columns(D)
     keys, values = blocks(k), blocks(v)
     programs = B * H * NQ * cdiv(PQ, 64 * tiles.groups)
-    split = split_of(programs, q.device) if split is None else split
+    if split is None:
+        split = hopper_split_of(programs, tiles.groups, lists.shape[-1] * PK, q.device)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32)
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     joined = (alm, gate) if split == 1 else (None, None)
@@ -499,7 +524,7 @@ def run_forward(
         keys.world, keys.head, values.world, values.head, scale * LOG2E,
         PQ=PQ, PK=PK, D=D, D0=D0, D1=D1, PERIOD=0 if valid is None else valid.shape[0],
         GATED=gated(joined[1]), SPLIT=split, BN=tiles.keys, BT=tiles.tail, PIECES=tiles.pieces,
-        STAGES=tiles.stages, GROUPS=tiles.groups, num_warps=4,
+        STAGES=tiles.stages, TURNS=tiles.turns, GROUPS=tiles.groups, num_warps=4,
     )  # fmt: skip
     if split > 1:
         merge(target, out, lse, alm, gate)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from decmem.errors import UserError
-from decmem.ops import sparse_backward_kernels, sparse_forward_kernels
+from decmem.ops import sparse_backward_kernels, sparse_forward_kernels, sparse_restore_kernels
+from decmem.ops.reference import restored
 
 try:
     from decmem.ops import sparse_hopper_backward_kernels, sparse_hopper_kernels
@@ -22,23 +23,54 @@ def hopper_obstacle(q: Tensor, k: Tensor, valid: Tensor | None) -> str | None:
     """Why the kernels for Hopper GPUs cannot take these inputs; None if they can."""
     if sparse_hopper_kernels is None:
         return "is written for Triton 3.6 or 3.7"
+    if k.dtype not in (q.dtype, torch.float8_e4m3fn):
+        return f"takes keys in the type of the queries, {q.dtype}, not {k.dtype}"
     return sparse_hopper_kernels.obstacle(q, k, valid)
+
+
+def _hopper_chosen(kernels: str, q: Tensor, k: Tensor, valid: Tensor | None) -> bool:
+    """Whether the kernels for Hopper GPUs do the work: what runs is decided by shapes alone."""
+    if kernels == "triton":
+        return False
+    obstacle = hopper_obstacle(q, k, valid)
+    if obstacle is not None and kernels == "hopper":
+        raise UserError("backend", f"'hopper' {obstacle}", "Use backend='triton'")
+    return obstacle is None
+
+
+_RESTORING = 1.65
+"""What restoring a block costs, in visits of blocks that the Triton kernel takes longer for: an
+estimate (23 and 14 ns on an H100), which `benchmarks/stored.py` puts to the test."""
+
+
+def _worth_restoring(q: Tensor, k: Tensor, lists: Tensor) -> bool:
+    """Whether the kernels for Hopper GPUs, which read 16 bits, make up for restoring blocks first:
+    where few blocks have many readers."""
+    B, _, NQ = q.shape[:3]
+    visits = NQ * lists.shape[-1]
+    return _RESTORING * k.shape[0] * min(k.shape[2], visits) < B * visits
 
 
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     kernels: str, o_alm: Tensor | None = None, gate: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if kernels == "hopper":
-        obstacle = hopper_obstacle(q, k, valid)
-        if obstacle is not None or sparse_hopper_kernels is None:
-            raise UserError("backend", f"'hopper' {obstacle}", "Use backend='triton'")
-        return sparse_hopper_kernels.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
-    return sparse_forward_kernels.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
+    hopper = sparse_hopper_kernels
+    chosen = _hopper_chosen(kernels, q, k, valid)
+    if chosen and k_scale is not None and v_scale is not None:
+        chosen = kernels == "hopper" or _worth_restoring(q, k, lists)
+        if chosen:
+            k, v = sparse_restore_kernels.restore_listed(k, v, k_scale, v_scale, lists, q.dtype)
+    if chosen and hopper is not None:
+        return hopper.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
+    return sparse_forward_kernels.run_forward(
+        q, k, v, lists, valid, scale, o_alm, gate, k_scale=k_scale, v_scale=v_scale
+    )  # fmt: skip
 
 
-# `kernels` is "triton" or "hopper". What it means is settled inside the operator, where compiled
-# code does not have to follow.
+# `kernels` is "triton", "hopper", or "auto" for the second wherever it can run. What it means is
+# settled inside the operator, where compiled code does not have to follow.
 @torch.library.custom_op("decmem::block_sparse_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float, kernels: str
@@ -59,7 +91,8 @@ def _backward(
     delta = sparse_backward_kernels.run_delta(out, grad)
     back = sparse_backward_kernels
     hopper = sparse_hopper_backward_kernels
-    if kernels == "hopper" and hopper is not None and hopper.suits(q, k):
+    chosen = _hopper_chosen(kernels, q, k, valid)
+    if chosen and hopper is not None and hopper.suits(q, k):
         back = hopper
     dq = back.run_query_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     dk, dv = back.run_key_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
@@ -72,16 +105,20 @@ def _(q, k, v, lists, valid, scale, kernels, out, lse, grad):
     return torch.empty_like(q), dk, dv
 
 
+# What has no gradients: the join with a local branch, and keys and values stored in 8 bits.
 @torch.library.custom_op("decmem::decoupled_forward", mutates_args=())
 def _decoupled(
-    o_alm: Tensor, gate: Tensor, q: Tensor, k: Tensor, v: Tensor, lists: Tensor,
-    valid: Tensor | None, scale: float, kernels: str,
+    o_alm: Tensor | None, gate: Tensor | None, q: Tensor, k: Tensor, v: Tensor, lists: Tensor,
+    valid: Tensor | None, scale: float, kernels: str, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return _run_forward(q, k, v, lists, valid, scale, kernels, o_alm, gate)[0]
+    return _run_forward(
+        q, k, v, lists, valid, scale, kernels, o_alm, gate, k_scale, v_scale
+    )[0]  # fmt: skip
 
 
 @_decoupled.register_fake
-def _(o_alm, gate, q, k, v, lists, valid, scale, kernels):
+def _(o_alm, gate, q, k, v, lists, valid, scale, kernels, k_scale=None, v_scale=None):
     return torch.empty_like(q)
 
 
@@ -109,6 +146,15 @@ def _settled(q: Tensor, lists: Tensor, valid: Tensor | None, scale: float | None
     return q.contiguous(), lists, valid, q.shape[-1] ** -0.5 if scale is None else scale
 
 
+def _readable(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Keys and values with their scales; restored beforehand where a GPU has no 8-bit numbers."""
+    if k_scale is None or not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (8, 9):
+        return k, v, k_scale, v_scale
+    return restored(k, k_scale, q.dtype), restored(v, v_scale, q.dtype), None, None
+
+
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -116,10 +162,15 @@ def block_sparse_attention(
     lists: Tensor,
     valid: Tensor | None = None,
     scale: float | None = None,
-    kernels: str = "triton",
+    kernels: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Contract of `decmem.ops.block_sparse`."""
     q, lists, valid, scale = _settled(q, lists, valid, scale)
+    if k_scale is not None:
+        k, v, *scales = _readable(q, k, v, k_scale, v_scale)
+        return _decoupled(None, None, q, k, v, lists, valid, scale, kernels, *scales)
     return _forward(q, k, v, lists, valid, scale, kernels)[0]
 
 
@@ -132,9 +183,12 @@ def decoupled_attention(
     lists: Tensor,
     valid: Tensor | None = None,
     scale: float | None = None,
-    kernels: str = "triton",
+    kernels: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """o_alm + gate o_sgm in one kernel, without gradients."""
     q, lists, valid, scale = _settled(q, lists, valid, scale)
     gate = gate.expand(*q.shape[:4], gate.shape[-1]).contiguous()
-    return _decoupled(o_alm.contiguous(), gate, q, k, v, lists, valid, scale, kernels)
+    k, v, *scales = _readable(q, k, v, k_scale, v_scale)
+    return _decoupled(o_alm.contiguous(), gate, q, k, v, lists, valid, scale, kernels, *scales)

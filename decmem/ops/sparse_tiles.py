@@ -40,13 +40,17 @@ class KeyTiles(NamedTuple):
 
 
 class HopperTiles(NamedTuple):
-    """A stage holds `keys` + `tail` keys, read in `pieces` steps; `groups` of 64 rows share it."""
+    """A stage holds `keys` + `tail` keys, read in `pieces` steps; `groups` of 64 rows share it.
+
+    With `turns`, the groups take turns at the tensor cores (forward and dQ).
+    """
 
     keys: int
     tail: int
     pieces: int
     stages: int
     groups: int
+    turns: bool = False
 
 
 class Blocks(NamedTuple):
@@ -96,7 +100,8 @@ def mask_of(valid: Tensor | None) -> tuple[int, int]:
 
 
 def split_of(programs: int, device: torch.device) -> int:
-    """Parts to cut lists into, so that the last programs do not leave most of the GPU idle.
+    """Parts the Triton forward cuts lists into, so that the last programs do not leave most of the
+    GPU idle.
 
     `programs`: how many there are without cutting, as if one filled a multiprocessor.
     """
@@ -122,9 +127,13 @@ def forward_tiles(PQ: int, PK: int, D: int, element_size: int) -> ForwardTiles:
     rows = min(64, power(PQ))
     if element_size > 2 or D > 128:
         return ForwardTiles(rows, 1, 32, 0, _warps(rows), 2)
+    if PK <= 16:
+        return ForwardTiles(rows, 1, 32, 0, _warps(rows), 4)
     if PK < 64:
         return ForwardTiles(rows, 1, 64, 0, _warps(rows), 3)
-    tiles = _row_tiles(PQ, rows, 3 if D <= 96 else 2)
+    if D > 96 and PQ % 128 == 0 and PK % 128 == 0:
+        return ForwardTiles(128, 1, 128, 0, 8, 2)
+    tiles = _row_tiles(PQ, rows, 3 if D <= 80 else 1 if D <= 96 else 2)
     keys, tail = next(
         ((64, t) for t in (0, 16, 32) if PK % (64 + t) == 0), (32, 0) if PK % 32 == 0 else (64, 0)
     )
@@ -147,23 +156,47 @@ def key_tiles(PQ: int, PK: int, D: int, element_size: int) -> KeyTiles:
     keys = min(64, power(PK))
     if element_size > 2 or D > 128:
         return KeyTiles(16 if D > 64 else 32, keys, _warps(keys), 2)
-    return KeyTiles(64 if PQ % 64 == 0 or PQ < 64 else 32, keys, _warps(keys), 2)
+    if PQ < 64:
+        return KeyTiles(64, keys, max(2, _warps(keys)), 2)
+    return KeyTiles(64 if PQ % 64 == 0 else 32, keys, _warps(keys), 2)
 
 
 # What a program may use of a multiprocessor's shared memory, less a little for barriers.
 _SHARED_BYTES = 225 * 1024
 
+# Programs of one warp group are small enough for so many to run side by side.
+_PER_MULTIPROCESSOR = 3
+
+# What putting parts of lists together costs a program, in slots of keys.
+_MERGE = 460
+
+
+def hopper_split_of(programs: int, groups: int, slots: int, device: torch.device) -> int:
+    """Parts the forward for Hopper GPUs cuts lists into: as few rounds of programs as may be.
+
+    `slots`: of keys that a list names. Programs of two and three warp groups fill a
+    multiprocessor, so that 576 of them leave 132 multiprocessors idle for most of a fifth round,
+    but parts of half their length end halfway through it.
+    """
+    if device.type != "cuda":
+        return 1
+    room = torch.cuda.get_device_properties(device).multi_processor_count
+    room *= _PER_MULTIPROCESSOR if groups == 1 else 1
+    merging = _MERGE * programs / room / slots
+    return min((1, 2, 3, 4), key=lambda n: cdiv(programs * n, room) / n + (merging if n > 1 else 0))
+
 
 def _ring(rows: int, own: int, width: int, groups: int, most: int) -> int:
     """Stages of `rows` rows of two tensors that fit beside `own` rows a group."""
-    # Programs of one group are small enough for three to run side by side.
-    room = _SHARED_BYTES // (3 if groups == 1 else 1) - groups * own * width * 2
+    room = _SHARED_BYTES // (_PER_MULTIPROCESSOR if groups == 1 else 1) - groups * own * width * 2
     return min(most, max(3, room // (2 * rows * width * 2)))
 
 
 def hopper_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
     """The default for warp groups, or None where blocks do not suit them."""
     groups, width = _row_tiles(PQ, 64, 3), sum(columns(D))
+    if PK % 160 == 0 and PK % 64 and width <= 80 and groups > 1:
+        return HopperTiles(128, 32, 2, 3, groups)
     for keys, tail in ((64, 0), (64, 16)):
         if PK % (keys + tail) == 0:
             stages = _ring(keys + tail, 64, width, groups, 6)

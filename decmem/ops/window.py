@@ -9,6 +9,7 @@ from torch import Tensor
 
 from decmem.ops.block_sparse import Backend, block_sparse_attention, choose_backend
 from decmem.ops.untraced import untraced
+from decmem.ops.window_blocks import WindowBlocks, window_blocks
 from decmem.ops.window_launches import Launches, choose_launches
 from decmem.ops.window_tiles import MOST_RUNS, placed_tiles, row_runs
 
@@ -48,6 +49,7 @@ class WindowTable:
     def __init__(self, table: Bool[Tensor, "Tq Tk"]) -> None:
         self.table = table
         self.spans = spans(table)
+        self.shared = bool(table.all())
         self.few_runs = all(
             len(runs) <= MOST_RUNS for side in (table, table.T) for runs in row_runs(side)
         )
@@ -118,18 +120,26 @@ def window_attention(
     windows: WindowTable,
     valid: Bool[Tensor, "S"] | None = None,
     backend: Backend = "auto",
+    counts: Int[Tensor, " M"] | None = None,
 ) -> Float[Tensor, "B H Tq S D"]:
     """Tokens of query latent i attend densely to all tokens of the key latents its window holds.
 
     `valid` marks the token slots of a latent that hold a token. `k` and `v` may have more latents
     than the table has columns (a bank's spare room); those are never read. Keys of one world may
-    serve the queries of many.
+    serve the queries of many. `counts` may say what `valid` says block by block: how many tokens
+    each of the M equal blocks of a latent holds, where they come first. Then, without gradients and
+    where all latents see the same, the block-sparse kernels for Hopper GPUs do the work.
     """
     S, Tk = q.shape[3], windows.table.shape[1]
     if k.shape[0] < q.shape[0]:
         k, v = (x.expand(q.shape[0], -1, -1, -1, -1) for x in (k, v))
     slots = None if valid is None else valid[None]
-    backend = choose_backend(backend, q)
+    asked, backend = backend, choose_backend(backend, q)
+    kernels = backend == "hopper" or (asked == "auto" and backend == "triton")
+    if kernels and windows.shared and (valid is None or counts is not None):
+        whole = _for_hopper(q, k[:, :, :Tk], v[:, :, :Tk], counts)
+        if whole is not None:
+            return block_sparse_attention(*whole, backend="hopper").view_as(q)
     if backend == "triton" and windows.few_runs:
         from decmem.ops import window_kernels
 
@@ -160,6 +170,20 @@ def window_attention(
         out = block_sparse_attention(grouped, k, v, lists[None, None], valid=slots, backend=backend)
         pieces.append(out.unflatten(3, (size, S)).flatten(2, 3))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _for_hopper(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None) -> WindowBlocks | None:
+    """The blocks that the kernels for Hopper GPUs take, where they serve: the window kernels have
+    the faster gradients, and compilers cannot follow the choice."""
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if learning or torch.compiler.is_compiling():
+        return None
+    blocks = window_blocks(q, k, v, counts)
+    if blocks is None:
+        return None
+    from decmem.ops.sparse_kernels import hopper_obstacle
+
+    return blocks if hopper_obstacle(blocks.q, blocks.k, blocks.valid) is None else None
 
 
 def _attend_slice(q: Tensor, k: Tensor, v: Tensor, span: Span, valid: Tensor | None) -> Tensor:

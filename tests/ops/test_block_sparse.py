@@ -212,7 +212,7 @@ LARGE = [
 ]
 LARGE_RUNS = [
     run(backend, "cuda", dtype, pytest.mark.gpu)
-    for backend in ("hopper", "triton", "flex")
+    for backend in ("hopper", "auto", "triton", "flex")
     for dtype in (torch.bfloat16, torch.float16)
 ]
 

@@ -34,6 +34,20 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(backward, (*inputs, out, lse, torch.ones_like(out)), test_utils=tests)
 
 
+def test_operators_without_gradients_pass_opcheck() -> None:
+    from decmem.ops import sparse_kernels  # registers them
+
+    assert sparse_kernels
+    q, *rest = arguments(False)
+    decoupled = torch.ops.decmem.decoupled_forward
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(decoupled, (q, q[..., :1].contiguous(), q, *rest), test_utils=tests)
+    # The check itself has no arithmetic for 8 bits: scales of other numbers do as well.
+    scale = torch.ones(1, 1, 3, 16, 1, dtype=torch.bfloat16)
+    stored = (None, None, q, *rest, scale, scale)
+    torch.library.opcheck(decoupled, stored, test_utils=tests)
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["exact", "padded"])
 def test_window_operators_pass_opcheck(padded: bool) -> None:
     from decmem.ops.window_kernels import valid_words

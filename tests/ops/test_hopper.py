@@ -5,20 +5,23 @@ What only hardware shows (layouts, fences) is tested with the other backends, on
 
 import importlib.util
 import inspect
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from decmem.errors import UserError
 from decmem.ops import block_sparse, reference, sparse_tiles
 from decmem.ops.sparse_tiles import (
     HopperTiles,
     columns,
     hopper_key_tiles,
     hopper_query_tiles,
+    hopper_split_of,
     hopper_tiles,
 )
 
@@ -69,12 +72,18 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("turns", [False, True], ids=["all-at-once", "in-turns"])
 @pytest.mark.parametrize(("sizes", "counts", "tiles"), CASES.values(), ids=CASES)
 def test_forward_is_right_however_late_everything_comes(
-    kernels: ModuleType, sizes: tuple[int, ...], counts: list[int] | None, tiles: HopperTiles
+    kernels: ModuleType,
+    sizes: tuple[int, ...],
+    counts: list[int] | None,
+    tiles: HopperTiles,
+    turns: bool,
 ) -> None:
     q, k, v, lists = inputs(*sizes)
     valid = None if counts is None else torch.tensor(counts, dtype=torch.int32)
+    tiles = tiles._replace(turns=turns)
     out, lse = kernels.run_forward(q, k, v, lists, valid, 0.1, split=1, tiles=tiles)
     wanted = reference.block_sparse_attention(q, k, v, lists, valid, 0.1)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
@@ -90,6 +99,7 @@ BACKWARD = {
 }
 
 
+@pytest.mark.parametrize("turns", [False, True], ids=["all-at-once", "in-turns"])
 @pytest.mark.parametrize(("sizes", "counts", "tiles"), BACKWARD.values(), ids=BACKWARD)
 def test_gradients_are_right_however_late_everything_comes(
     kernels: ModuleType,
@@ -97,6 +107,7 @@ def test_gradients_are_right_however_late_everything_comes(
     sizes: tuple[int, ...],
     counts: list[int] | None,
     tiles: HopperTiles,
+    turns: bool,
 ) -> None:
     q, k, v, lists = inputs(*sizes)
     valid = None if counts is None else torch.tensor(counts, dtype=torch.int32)
@@ -104,7 +115,7 @@ def test_gradients_are_right_however_late_everything_comes(
     grad = torch.randn_like(q)
     arguments = (q, k, v, lists, valid, 0.1, grad, lse, (out * grad).sum(-1))
     got = (
-        backward.run_query_gradient(*arguments, tiles),
+        backward.run_query_gradient(*arguments, tiles._replace(turns=turns)),
         *backward.run_key_gradient(*arguments, tiles),
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -157,38 +168,137 @@ def test_gluon_is_where_it_is_looked_for() -> None:
     assert sparse_kernels.sparse_hopper_kernels is not None
 
 
-def test_nobody_gets_the_hopper_kernels_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize(("slots", "D", "counts"), [(160, 72, [154, 143]), (128, 128, None)])
+def test_turns_change_no_bit(slots: int, D: int, counts: list[int] | None) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+    from decmem.ops import sparse_hopper_kernels
+
+    q, k, v, lists = (x.cuda() for x in inputs(2, 4, 4, 20, slots, 40, slots, D, 23, 2))
+    q, k, v = (x.nan_to_num().bfloat16() for x in (q, k, v))
+    valid = None if counts is None else torch.tensor(counts, dtype=torch.int32, device="cuda")
+    tiles = hopper_tiles(slots, slots, D)
+    assert tiles is not None
+    plain, taken = (
+        sparse_hopper_kernels.run_forward(
+            q, k, v, lists, valid, 0.1, split=1, tiles=tiles._replace(turns=turns)
+        )
+        for turns in (False, True)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain, taken, strict=True))
+
+
+def test_lists_are_cut_where_that_leaves_less_of_the_gpu_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h100 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    cuda, slots = torch.device("cuda"), 80 * 160
+    # One row of the paper's chunk, and two: 4.4 rounds of programs, and 8.7.
+    assert hopper_split_of(576, 3, slots, cuda) == 2
+    assert hopper_split_of(1152, 3, slots, cuda) == 1
+    assert hopper_split_of(66, 3, slots, cuda) == 2
+    assert hopper_split_of(33, 3, slots, cuda) == 4
+    # Three programs of one group run side by side.
+    assert hopper_split_of(396, 1, slots, cuda) == 1
+    # Parts of a short list are not worth their merging.
+    assert hopper_split_of(576, 3, 160, cuda) == 1
+    assert hopper_split_of(33, 3, slots, torch.device("cpu")) == 1
+
+
+class Ran(Exception):
+    """Says whose kernels were run."""
+
+
+@pytest.fixture
+def families(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], ModuleType]:
+    """`sparse_kernels` with kernels that only tell their family, on inputs with this obstacle."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
     from decmem.ops import sparse_kernels
 
-    asked, ran = [], []
+    def teller(family: str) -> Callable:
+        def tell(*arguments: object, **more: object) -> None:
+            raise Ran(family)
+
+        return tell
+
+    for name in ("forward", "hopper"):
+        module = getattr(sparse_kernels, f"sparse_{name}_kernels")
+        monkeypatch.setattr(module, "run_forward", teller(name))
+    for name in ("backward", "hopper_backward"):
+        module = getattr(sparse_kernels, f"sparse_{name}_kernels")
+        monkeypatch.setattr(module, "run_query_gradient", teller(name))
+    monkeypatch.setattr(sparse_kernels.sparse_backward_kernels, "run_delta", lambda *x: x[0])
+
+    def of(obstacle: str | None) -> ModuleType:
+        hopper = sparse_kernels.sparse_hopper_kernels
+        monkeypatch.setattr(hopper, "obstacle", lambda q, k, valid: obstacle)
+        return sparse_kernels
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("kernels", "obstacle", "forward", "backward"),
+    [
+        ("auto", None, "hopper", "hopper_backward"),
+        ("auto", "needs a Hopper GPU", "forward", "backward"),
+        ("hopper", None, "hopper", "hopper_backward"),
+        ("triton", None, "forward", "backward"),
+    ],
+)
+def test_whose_kernels_run(
+    families: Callable[[str | None], ModuleType],
+    kernels: str,
+    obstacle: str | None,
+    forward: str,
+    backward: str,
+) -> None:
+    kernel = families(obstacle)
+    q, k, v, lists = inputs(1, 1, 1, 2, 64, 4, 64, 64, 3, 1)
+    settled = (q, k, v, lists, None, 0.1, kernels)
+    with pytest.raises(Ran, match=f"^{forward}$"):
+        kernel._forward._init_fn(*settled)
+    with pytest.raises(Ran, match=f"^{forward}$"):
+        kernel._decoupled._init_fn(q, q, *settled)
+    with pytest.raises(Ran, match=f"^{backward}$"):
+        kernel._backward._init_fn(*settled, q, q[..., 0], q)
+    # A history that worlds share has no gradients in the kernels for Hopper GPUs.
+    if backward == "hopper_backward":
+        with pytest.raises(Ran, match=r"^backward$"):
+            kernel._backward._init_fn(q.repeat(2, 1, 1, 1, 1), *settled[1:], q, q[..., 0], q)
+
+
+def test_asked_by_name_they_say_what_they_cannot_take(
+    families: Callable[[str | None], ModuleType],
+) -> None:
+    kernel = families("takes bfloat16 and float16, not torch.float32")
+    q, k, v, lists = inputs(1, 1, 1, 2, 64, 4, 64, 64, 3, 1)
+    with pytest.raises(UserError, match=r"backend: 'hopper' takes bfloat16.*triton"):
+        kernel._forward._init_fn(q, k, v, lists, None, 0.1, "hopper")
+
+
+def test_unasked_the_operators_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    from decmem.ops import sparse_kernels
+
+    asked = []
 
     def record(*arguments: object) -> Tensor:
-        asked.append(arguments[-1])
+        asked.append(arguments[-3])  # before the scales of keys and values
         return torch.zeros(())
-
-    def fail(*arguments: object) -> None:
-        raise AssertionError("hopper kernels were run")
-
-    hopper = sparse_kernels.sparse_hopper_kernels
-    assert hopper is not None
-    monkeypatch.setattr(hopper, "obstacle", lambda q, k, valid: None)
-    monkeypatch.setattr(hopper, "run_forward", fail)
-    monkeypatch.setattr(
-        sparse_kernels.sparse_forward_kernels, "run_forward", lambda *x: ran.append(x) or x[:2]
-    )
-    q, k, v, lists = inputs(1, 1, 1, 2, 64, 4, 64, 64, 3, 1)
-    sparse_kernels._run_forward(q, k, v, lists, None, 0.1, "triton")
-    assert len(ran) == 1
-    with pytest.raises(AssertionError, match="were run"):
-        sparse_kernels._run_forward(q, k, v, lists, None, 0.1, "hopper")
 
     for name in ("block_sparse_attention", "decoupled_attention"):
         monkeypatch.setattr(sparse_kernels, name, record)
     with FakeTensorMode():
         q, k, v = (torch.empty(1, 1, n, 64, 64, device="cuda") for n in (2, 4, 4))
         lists = torch.empty(1, 1, 2, 3, dtype=torch.int32, device="cuda")
-        inspect.unwrap(block_sparse.block_sparse_attention)(q, k, v, lists)
-        inspect.unwrap(block_sparse.decoupled_attention)(q, q, q, k, v, lists)
-    assert asked == ["triton", "triton"]
+        for backend in ("auto", "triton", "hopper"):
+            inspect.unwrap(block_sparse.block_sparse_attention)(q, k, v, lists, None, None, backend)
+            inspect.unwrap(block_sparse.decoupled_attention)(
+                q, q, q, k, v, lists, None, None, backend
+            )
+    assert asked == ["auto", "auto", "triton", "triton", "hopper", "hopper"]

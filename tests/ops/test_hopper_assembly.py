@@ -23,6 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import mangle_type
 
 from decmem.ops import sparse_hopper_backward_kernels, sparse_hopper_kernels
+from decmem.ops.sparse_tiles import hopper_query_tiles, hopper_tiles
 
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -73,7 +74,13 @@ class Launches:
 
 RUNS = {
     "forward": (sparse_hopper_kernels, "forward_kernel", "run_forward"),
+    "forward-in-turns": (sparse_hopper_kernels, "forward_kernel", "run_forward"),
     "queries": (sparse_hopper_backward_kernels, "query_gradient_kernel", "run_query_gradient"),
+    "queries-in-turns": (
+        sparse_hopper_backward_kernels,
+        "query_gradient_kernel",
+        "run_query_gradient",
+    ),
     "keys": (sparse_hopper_backward_kernels, "key_gradient_kernel", "run_key_gradient"),
 }
 
@@ -98,6 +105,11 @@ def test_products_stay_in_flight(
     valid = None if counts is None else torch.tensor(counts, dtype=torch.int32)
     given = {"q": q, "k": k, "v": k, "lists": lists, "valid": valid, "scale": 0.1, "grad": q}
     given |= {"lse": q[..., 0].float(), "delta": q[..., 0].float()}
+    if name.endswith("in-turns"):
+        choose = hopper_tiles if function == "run_forward" else hopper_query_tiles
+        tiles = choose(slots, slots, head_dim)
+        assert tiles is not None
+        given["tiles"] = tiles._replace(turns=True)
     run = getattr(module, function)
     run(**{key: x for key, x in given.items() if key in inspect.signature(run).parameters})
     said = launches.assembled(tmp_path)
