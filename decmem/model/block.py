@@ -14,6 +14,7 @@ from decmem.memory.position import Position, seeing
 from decmem.memory.surface import SurfaceDepth
 from decmem.model.linear import Linear, ScaledNorm, gelu
 from decmem.ops import coding
+from decmem.ops.norm import add_norm, scaled_norm
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
 
 
@@ -66,8 +67,9 @@ class SpatialAttention(nn.Module):
         if coding.kernels_serve(qkv):
             groups = coding.Groups(0, self.head_dim, 0, 0)
             back = coding.Places(space=Rotation(turn.cos, -turn.sin))  # keys are turned back
-            coded = coding.encode_heads(qkv, gains, groups, back, values=False, latents_first=True)
-            return [part.flatten(0, 1) for part in coded[:3]]
+            coded = coding.encode_heads(qkv, gains, groups, back, values=False, heads_last=True)
+            # Fused attention leaves its output laid out like the queries: heads last, no copy.
+            return [part.flatten(0, 1).transpose(1, 2) for part in coded[:3]]
         q, k, v = split_heads(qkv, gains, self.head_dim)
         q, k = (rotate_pairs(part, turn).to(qkv.dtype) for part in (q, k))
         return [part.movedim(1, 2).flatten(0, 1) for part in (q, k, v)]
@@ -181,6 +183,10 @@ class Block(nn.Module):
         gate = getattr(far.memory, "gate", None)
         return found if gate is None else [*found, gate]
 
+    def norms(self) -> list[ScaledNorm]:
+        """In the order in which a pass meets them."""
+        return [self.spatial_norm, self.memory_norm, self.ffn_norm]
+
     def forward(
         self,
         x: Float[Tensor, "B T S width"],
@@ -190,14 +196,17 @@ class Block(nn.Module):
         key_time: Tensor,
         bank: LayerBank | None,
         recall: Recall,
+        scales: Float[Tensor, "3 B T width"] | None = None,
     ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
-        """The tokens one block on, and the depths it saw them at where it has a surface group."""
-        x = x + self.spatial(self.spatial_norm(x, time))
-        read, estimate = self.spatiotemporal(
-            self.memory_norm(x, time), position, plan, key_time, bank, recall
-        )
-        x = x + read
-        return x + self.ffn(self.ffn_norm(x, time)), estimate
+        """The tokens one block on, and the depths it saw them at where it has a surface group.
+
+        `scales` of the norms at this `time`, where they are known.
+        """
+        near, far, ffn = self._scales(time) if scales is None else scales.unbind()
+        x, normed = add_norm(x, self.spatial(scaled_norm(x, near)), far)
+        read, estimate = self.spatiotemporal(normed, position, plan, key_time, bank, recall)
+        x, normed = add_norm(x, read, ffn)
+        return x + self.ffn(normed), estimate
 
     def remember(
         self,
@@ -208,9 +217,12 @@ class Block(nn.Module):
         key_time: Tensor,
         bank: LayerBank,
         recall: Recall,
+        scales: Float[Tensor, "3 B T width"] | None = None,
     ) -> None:
         """As `forward`, for a pass that only writes: the last block's tokens lead nowhere."""
-        x = x + self.spatial(self.spatial_norm(x, time))
-        self.spatiotemporal.remember(
-            self.memory_norm(x, time), position, plan, key_time, bank, recall
-        )
+        near, far, _ = self._scales(time) if scales is None else scales.unbind()
+        _, normed = add_norm(x, self.spatial(scaled_norm(x, near)), far)
+        self.spatiotemporal.remember(normed, position, plan, key_time, bank, recall)
+
+    def _scales(self, time: Float[Tensor, "B T time"]) -> list[Float[Tensor, "B T width"]]:
+        return [norm.scale_at(time) for norm in self.norms()]

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from decmem.ops.norm import rms_norm
 from decmem.ops.untraced import untraced
 
 _GELU_INNER, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
@@ -22,18 +21,50 @@ class Linear(nn.Linear):
 
 
 class ScaledNorm(nn.Module):
-    """RMSNorm and a scale computed from the diffusion time (appendix A.2)."""
+    """RMSNorm and a scale computed from the diffusion time (appendix A.2); `decmem.ops.norm`
+    applies the scale."""
 
     def __init__(self, width: int, time_width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.scale = Linear(time_width, width)
 
-    def forward(
-        self, x: Float[Tensor, "B T S width"], time: Float[Tensor, "B T time"]
-    ) -> Float[Tensor, "B T S width"]:
-        scale = self.weight.float() * (1 + self.scale(time.float()))
-        return rms_norm(x, scale[:, :, None]).to(x.dtype)
+    def scale_at(self, time: Float[Tensor, "B T time"]) -> Float[Tensor, "B T width"]:
+        """What the norm is multiplied by at these diffusion times, fp32."""
+        return self.weight.float() * (1 + self.scale(time.float()))
+
+
+class JointScales:
+    """The scales of many norms in one product: their parameters become views of joint ones.
+
+    Whatever changes the parameters in place changes both; a model that was moved or cast has
+    parameters of its own again, and `serve` says so.
+    """
+
+    def __init__(self, norms: list[ScaledNorm]) -> None:
+        self.norms = norms
+        self.weight = torch.cat([norm.scale.weight.detach() for norm in norms])
+        self.bias = torch.cat([norm.scale.bias.detach() for norm in norms])
+        self.gain = torch.cat([norm.weight.detach() for norm in norms])
+        width = len(self.gain) // len(norms)
+        for i, norm in enumerate(norms):
+            part = slice(i * width, (i + 1) * width)
+            norm.scale.weight.data = self.weight[part]
+            norm.scale.bias.data = self.bias[part]
+            norm.weight.data = self.gain[part]
+
+    @property
+    def serve(self) -> bool:
+        """Whether the norms' parameters are still those that are joined."""
+        first = self.norms[0]
+        mine = (self.weight, self.bias, self.gain)
+        theirs = (first.scale.weight, first.scale.bias, first.weight)
+        return all(a.data_ptr() == b.data_ptr() for a, b in zip(mine, theirs, strict=True))
+
+    def at(self, time: Float[Tensor, "B T time"]) -> Float[Tensor, "norms B T width"]:
+        """`ScaledNorm.scale_at` of every norm."""
+        scales = self.gain.float() * (1 + F.linear(time.float(), self.weight, self.bias))
+        return scales.unflatten(-1, (len(self.norms), -1)).movedim(2, 0)
 
 
 def gelu(x: Float[Tensor, "... channels"]) -> Float[Tensor, "... channels"]:

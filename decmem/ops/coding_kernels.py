@@ -1,9 +1,10 @@
 """Coding of heads in Triton: between projections and attention in one pass, and back in another.
 
 `encode_heads` takes the fused projection of queries, keys and values, norms queries and keys, codes
-their channels by position and puts heads first. `decode_heads` undoes the position on what was
-read, weighs the global branch by the gate, adds the local one and puts heads last. Arithmetic is
-fp32, each number is read and written once, and nothing but the operands is kept for gradients.
+their channels by position and puts heads first, or leaves them last. `decode_heads` undoes the
+position on what was read, weighs the global branch by the gate, adds the local one and puts heads
+last. Arithmetic is fp32, each number is read and written once, and nothing but the operands is kept
+for gradients.
 What is computed, in plain PyTorch: `decmem.memory.coding`.
 
 A head's channels lie in groups, camera | space | surface | time. Camera channels are multiplied by
@@ -118,7 +119,8 @@ def _quads(P, row, columns, e, ok, CAMERA: tl.constexpr):
 @no_type_check
 def _encode_kernel(
     QKV, GAINS, QUERY_MATRIX, KEY_MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN,
-    TIME_COS, TIME_SIN, Q, K, V, LOCAL_Q, LOCAL_K, N, T, S, H, stride_b, stride_t, stride_h,
+    TIME_COS, TIME_SIN, Q, K, V, LOCAL_Q, LOCAL_K, N, T, S, H,
+    stride_b, stride_t, stride_s, stride_h,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
     TURNED: tl.constexpr, NORMED: tl.constexpr, TIMED: tl.constexpr, LOCAL: tl.constexpr,
@@ -147,7 +149,7 @@ def _encode_kernel(
         of_queries = _matrix(QUERY_MATRIX, bt, e, ok, CAMERA, True)
         of_keys = _matrix(KEY_MATRIX, bt, e, ok, CAMERA, False)
     source = n.to(tl.int64) * (3 * H * D)
-    target = (bt // T).to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + s * D
+    target = (bt // T).to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + s * stride_s
     for h in range(H):
         for part in tl.static_range(3):
             row = source + (part * H + h) * D
@@ -183,7 +185,7 @@ def _encode_kernel(
 def _encode_gradient_kernel(
     QKV, GAINS, QUERY_MATRIX, KEY_MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN,
     TIME_COS, TIME_SIN, Q, K, V, LOCAL_Q, LOCAL_K, OUT, GAIN_PARTS, COS_GRAD, SIN_GRAD,
-    N, T, S, H, stride_b, stride_t, stride_h,
+    N, T, S, H, stride_b, stride_t, stride_s, stride_h,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
     TURNED: tl.constexpr, NORMED: tl.constexpr, TIMED: tl.constexpr, LOCAL: tl.constexpr,
@@ -215,7 +217,7 @@ def _encode_gradient_kernel(
     cos_grad = tl.zeros((ROWS, WIDTH), tl.float32)
     sin_grad = tl.zeros((ROWS, WIDTH), tl.float32)
     source = n.to(tl.int64) * (3 * H * D)
-    target = (bt // T).to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + s * D
+    target = (bt // T).to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + s * stride_s
     for h in range(H):
         for part in tl.static_range(3):
             row = source + (part * H + h) * D

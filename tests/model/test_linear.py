@@ -1,10 +1,12 @@
-"""The activation: the short cut of the CPU beside their plain forms."""
+"""The activation: the short cut of the CPU beside its plain form; the joined scales of norms."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from decmem.model.linear import gelu
+from decmem.model.linear import JointScales, ScaledNorm, gelu
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -17,3 +19,32 @@ def test_gelu(dtype: torch.dtype) -> None:
     with torch.no_grad():
         torch.testing.assert_close(gelu(x), plain, atol=1e-6, rtol=1e-5)
     assert torch.equal(x, before)
+
+
+def norms() -> list[ScaledNorm]:
+    made = [ScaledNorm(6, 4) for _ in range(3)]
+    for norm in made:
+        torch.nn.init.normal_(norm.weight)
+    return made
+
+
+@torch.no_grad()
+def test_joined_scales_are_those_of_each_norm() -> None:
+    alone, time = norms(), torch.randn(2, 5, 4)
+    expected = torch.stack([norm.scale_at(time) for norm in alone])
+    joint = JointScales(alone)
+    torch.testing.assert_close(joint.at(time), expected)
+    torch.testing.assert_close(torch.stack([norm.scale_at(time) for norm in alone]), expected)
+
+
+@torch.no_grad()
+def test_joined_scales_follow_their_norms() -> None:
+    alone, time = norms(), torch.randn(2, 5, 4)
+    joint = JointScales(alone)
+    others = torch.nn.ModuleList(norms())
+    torch.nn.ModuleList(alone).load_state_dict(others.state_dict())
+    assert joint.serve
+    torch.testing.assert_close(joint.at(time)[1], others[1].scale_at(time))
+    assert not copy.deepcopy(joint).serve
+    alone[0].double()
+    assert not joint.serve

@@ -16,8 +16,8 @@ def turn(*shape: int) -> Rotation:
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["local", "once"])
-@pytest.mark.parametrize("latents_first", [True, False], ids=["latents-first", "heads-first"])
-def test_encoding_passes_opcheck(local: bool, latents_first: bool) -> None:
+@pytest.mark.parametrize("heads_last", [True, False], ids=["heads-last", "heads-first"])
+def test_encoding_passes_opcheck(local: bool, heads_last: bool) -> None:
     B, T, S, H = 1, 2, 3, 2
     given = (
         torch.randn(B, T, S, 3 * H * 16, requires_grad=True),
@@ -25,7 +25,7 @@ def test_encoding_passes_opcheck(local: bool, latents_first: bool) -> None:
         *(torch.randn(B, T, 4, 4) for _ in range(2)),
         *turn(S, 2), *(x.requires_grad_() for x in turn(B, T, S, 3)), *turn(T, 1),
     )  # fmt: skip
-    options = (GROUPS, local, True, latents_first)
+    options = (GROUPS, local, True, heads_last)
     torch.library.opcheck(torch.ops.decmem.encode_heads, (*given, *options))
     bare = [x.detach() for x in given]
     out = torch.ops.decmem.encode_heads(*bare, *options)
