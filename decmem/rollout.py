@@ -117,8 +117,10 @@ class Session:
         batch: int = 1,
         seeds: Sequence[int] | None = None,
         running: Running | None = None,
+        gemm_dtype: torch.dtype | None = None,
     ) -> "Session":
-        """A session with a preset's shipped weights, or with those at `weights`.
+        """A session with a preset's shipped weights, or with those at `weights`; `gemm_dtype` as
+        `WorldModel.hold_weights`.
 
         Raises:
             UserError: for an unknown preset or device, and missing or damaged weights.
@@ -141,7 +143,7 @@ class Session:
             codec_sha256=sums["codec"],
             running=running,
         )
-        model.hold_weights(session.dtype)
+        model.hold_weights(session.dtype, gemm_dtype)
         return session
 
     def reset(self) -> None:

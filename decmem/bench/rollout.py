@@ -31,6 +31,7 @@ class RolloutBench:
         running: how chunks are computed; the room of its bank is the benchmark's business.
         random_lists: one more row for each history of the decoupled memory, with uniformly random
             lists.
+        gemm_dtype: of the blocks' matrix products; None: of the activations.
     """
 
     experiment: Experiment
@@ -45,6 +46,7 @@ class RolloutBench:
     repeats: int = 7
     running: Running = field(default_factory=Running)
     random_lists: bool = False
+    gemm_dtype: torch.dtype | None = None
 
     @torch.no_grad()
     def rows(
@@ -79,7 +81,7 @@ class RolloutBench:
         with torch.device(self.device):
             model = WorldModel(self.experiment.with_memory(memory).model)
         model.to(self.device).eval().requires_grad_(False)
-        model.hold_weights(self.dtype)
+        model.hold_weights(self.dtype, self.gemm_dtype)
         return model
 
     @property
@@ -139,7 +141,7 @@ class RolloutBench:
             "device": torch.cuda.get_device_name(self.device) if gpu else "cpu",
             "gpu_count": 1 if gpu else 0,
             "dtype": _name(self.dtype),
-            "gemm_dtype": _name(self.dtype),
+            "gemm_dtype": _name(self.gemm_dtype or self.dtype),
             "bank_dtype": _name(stored),
             "retrieval": retrieval if decoupled else None,
             "lists": ("shared" if shared else "own") if decoupled else None,

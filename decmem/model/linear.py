@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from decmem.ops.fp8 import Fp8Rows, fp8_rows, product
 from decmem.ops.untraced import untraced
 
 _GELU_INNER, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
@@ -18,6 +19,34 @@ class Linear(nn.Linear):
     def forward(self, x: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Projection(Linear):
+    """A linear map of a block, without bias; its products may be made of 8-bit numbers."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.register_buffer("row_scale", None, persistent=False)
+        self.row_scale: Tensor | None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its products are made of 8-bit numbers."""
+        return self.row_scale is not None
+
+    def hold_fp8(self) -> None:
+        """Rounds the weight, row by row, for good."""
+        if self.row_scale is None:
+            rows = fp8_rows(self.weight.detach())
+            self.weight = nn.Parameter(rows.values, requires_grad=False)
+            self.row_scale = rows.scale
+
+    def forward(self, x: Float[Tensor, "... inputs"] | Fp8Rows) -> Float[Tensor, "... outputs"]:
+        if self.row_scale is not None:
+            rows = fp8_rows(x) if isinstance(x, Tensor) else x
+            return product(rows, self.weight, self.row_scale)
+        assert isinstance(x, Tensor)
+        return super().forward(x)
 
 
 class ScaledNorm(nn.Module):

@@ -32,7 +32,8 @@ from decmem.model.conditioning import (
     patch_rays,
     relative_to,
 )
-from decmem.model.linear import JointScales, Linear, ScaledNorm
+from decmem.model.linear import JointScales, Linear, Projection, ScaledNorm
+from decmem.ops.fp8 import FP8, check_fp8
 from decmem.ops.norm import scaled_norm
 
 
@@ -157,17 +158,28 @@ class WorldModel(nn.Module):
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
 
-    def hold_weights(self, dtype: torch.dtype) -> None:
+    def hold_weights(self, dtype: torch.dtype, gemm_dtype: torch.dtype | None = None) -> None:
         """Keeps the weights that activations of `dtype` meet in `dtype`, for inference: rounded
         once instead of in every pass, with the same outcome. What meets fp32 stays fp32.
 
         What the norms' scales are computed from is joined besides, for one product a pass.
+
+        With a `gemm_dtype` of fp8 the blocks' projections (attention, feed-forward) are products of
+        8-bit numbers (`decmem.ops.fp8`): another outcome, and no way back.
+
+        Raises:
+            UserError: for another `gemm_dtype`, and where the GPU has no such products.
         """
+        if gemm_dtype is not None:
+            check_fp8(gemm_dtype, self.head.weight.device)
         norms: list[ScaledNorm] = []
         for block in self.blocks:
             assert isinstance(block, Block)
             for linear in block.projections():
-                linear.to(dtype)
+                if gemm_dtype is not None and isinstance(linear, Projection):
+                    linear.hold_fp8()
+                elif linear.weight.dtype != FP8:
+                    linear.to(dtype)
             norms += block.norms()
         self.patchify.to(dtype)
         self.head.to(dtype)
