@@ -11,7 +11,7 @@ from decmem import flow
 from decmem.bench.clock import median_ms
 from decmem.bench.history import random_bank, wandering
 from decmem.bench.lists import RandomLists, WatchedLists
-from decmem.codec import DecoderStream
+from decmem.codec import DecoderStream, SideDecoder
 from decmem.errors import UserError
 from decmem.experiment import Experiment
 from decmem.memory import Bank, MemoryName, Recall
@@ -27,7 +27,8 @@ class RolloutBench:
         memories: decoupled, dense or window, side by side.
         steps, guidance, chunk: of the sampler; None takes the preset's steps and chunk, and no
             guidance.
-        with_codec: decode the chunk to frames inside the clock.
+        with_codec: decode the chunk to frames inside the clock, as `Session` does: on a GPU beside
+            the write pass.
         running: how chunks are computed; the room of its bank is the benchmark's business.
         random_lists: one more row for each history of the decoupled memory, with uniformly random
             lists.
@@ -117,13 +118,15 @@ class RolloutBench:
         steering = wandering(model, history, self.latents)
         noise = sampler.noise([0], steering.time.tolist())
         codec = self.experiment.build_codec().eval().to(self.device) if self.with_codec else None
+        decoder = None if codec is None else SideDecoder(codec, self.device)
         stream = DecoderStream()
 
         def one_chunk() -> None:
             latents = sampler.generate(bank, steering, noise)
+            finished = None if decoder is None else decoder.begin(latents, stream)
             sampler.write(bank, latents, steering)
-            if codec is not None:
-                codec.decode(latents, stream)
+            if finished is not None:
+                finished()
             bank.truncate(history)
 
         ms = median_ms(one_chunk, self.device, repeats=self.repeats)

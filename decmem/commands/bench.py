@@ -62,7 +62,7 @@ class BenchRollout:
     """auto records denoising as CUDA graphs on a GPU; eager runs the same code unrecorded."""
 
     codec: bool = False
-    """Decode to frames inside the clock."""
+    """Decode to frames inside the clock; on a GPU beside the write pass, as sessions do."""
 
     repeats: int = 7
     """The median of so many chunks."""
