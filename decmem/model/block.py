@@ -12,7 +12,7 @@ from decmem.memory.coding import split_heads
 from decmem.memory.plan import Plan
 from decmem.memory.position import Position, seeing
 from decmem.memory.surface import SurfaceDepth
-from decmem.model.linear import Projection, ScaledNorm, gelu
+from decmem.model.linear import Projection, ScaledNorm
 from decmem.ops import coding
 from decmem.ops.fp8 import Fp8Rows, gelu_rows
 from decmem.ops.norm import add_norm, add_norm_rows, scaled_norm, scaled_norm_rows
@@ -151,8 +151,7 @@ class FeedForward(nn.Module):
         self.down = Projection(multiple * width, width)
 
     def forward(self, x: Float[Tensor, "B T S width"] | Fp8Rows) -> Float[Tensor, "B T S width"]:
-        hidden = self.up(x)
-        return self.down(gelu_rows(hidden) if self.down.rounds else gelu(hidden))
+        return self.down(gelu_rows(self.up(x)) if self.down.rounds else self.up.activated(x))
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decmem.model.linear import JointScales, ScaledNorm, gelu
+from decmem.model.linear import JointScales, Projection, ScaledNorm, gelu
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -19,6 +19,25 @@ def test_gelu(dtype: torch.dtype) -> None:
     with torch.no_grad():
         torch.testing.assert_close(gelu(x), plain, atol=1e-6, rtol=1e-5)
     assert torch.equal(x, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_product_that_activates_by_itself(dtype: torch.dtype) -> None:
+    up = Projection(32, 96).to("cuda", dtype)
+    x = (torch.randn(2, 3, 5, 32) * 4).to("cuda", dtype)
+    plain, fused = gelu(up(x)), up.activated(x)
+    assert (fused.shape, fused.dtype) == (plain.shape, dtype)
+    exact = gelu(x.double().cpu() @ up.weight.double().cpu().T)
+    errors = [(out.double().cpu() - exact).abs().max() for out in (fused, plain)]
+    assert errors[0] <= 2 * errors[1] + 1e-6
+
+
+@torch.no_grad()
+def test_elsewhere_the_activation_follows_the_product() -> None:
+    up, x = Projection(32, 96), torch.randn(2, 3, 32)
+    assert torch.equal(up.activated(x), gelu(up(x)))
 
 
 def norms() -> list[ScaledNorm]:
