@@ -17,6 +17,7 @@ from decmem.ops.untraced import kernels_serve
 __all__ = ["Groups", "Places", "decode_heads", "encode_heads", "kernels_serve"]
 
 _ROWS, _WARPS = 4, 1
+_HEADS, _HEAD_WARPS = 8, 4
 _EPS = 1e-6
 
 
@@ -43,27 +44,32 @@ class Places(NamedTuple):
 
 
 def _grid(x: Tensor, groups: list[int]) -> tuple[int, int, dict[str, Any]]:
-    """Tokens, programs, and the compile-time constants of every kernel."""
+    """Tokens, programs, and the compile-time constants of the kernels of gradients."""
     tokens = x.shape[0] * x.shape[1] * x.shape[2]
+    constants = _constants(groups) | {"ROWS": _ROWS, "num_warps": _WARPS}
+    return tokens, -(-tokens // _ROWS), constants
+
+
+def _heads_grid(x: Tensor, H: int, groups: list[int]) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Programs by tokens and by heads, and the compile-time constants of the kernels forward."""
+    tokens = x.shape[0] * x.shape[1] * x.shape[2]
+    heads = min(_HEADS, 1 << (H - 1).bit_length())
+    constants = _constants(groups) | {"ROWS": heads, "num_warps": _HEAD_WARPS}
+    return (tokens, -(-H // heads)), constants
+
+
+def _constants(groups: list[int]) -> dict[str, Any]:
     camera, space, surface, time = groups
     D = sum(groups)
-    constants = {
-        "D": D, "WIDTH": _power(D), "ROWS": _ROWS, "E": _power(camera),
+    return {
+        "D": D, "WIDTH": _power(D), "E": _power(camera),
         "CAMERA": camera, "SPACE": space, "SURFACE": surface, "TIME": time,
-        "num_warps": _WARPS,
     }  # fmt: skip
-    return tokens, -(-tokens // _ROWS), constants
 
 
 def _power(channels: int) -> int:
     """A power of two that holds them."""
     return max(16, 1 << (channels - 1).bit_length())
-
-
-def _strides(T: int, S: int, H: int, D: int, heads_last: bool) -> tuple[int, int, int, int]:
-    """Steps from world to world, latent to latent, token to token and head to head."""
-    world = T * S * H * D
-    return (world, S * H * D, H * D, D) if heads_last else (world, S * D, D, T * S * D)
 
 
 @torch.library.custom_op("decmem::encode_heads", mutates_args=())
@@ -76,15 +82,15 @@ def _encode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from decmem.ops.coding_kernels import _encode_kernel
 
-    tokens, programs, constants = _grid(qkv, groups)
     q, k, v, local_q, local_k = _encoded(qkv, groups, local, heads_last)
-    T, S, H, D = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups)), sum(groups)
-    _encode_kernel[(programs,)](
+    T, S, H = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups))
+    grid, constants = _heads_grid(qkv, H, groups)
+    _encode_kernel[grid](
         qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
-        time_cos, time_sin, q, k, v, local_q, local_k, tokens, T, S, H,
-        *_strides(T, S, H, D, heads_last), **constants, TURNED=surface_cos is not None,
-        NORMED=gains is not None, TIMED=time_cos is not None and not local, LOCAL=local,
-        VALUES=values, EPS=_EPS,
+        time_cos, time_sin, q, k, v, local_q, local_k, grid[0], T, S, H, **constants,
+        TURNED=surface_cos is not None, NORMED=gains is not None,
+        TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values,
+        HEADS_LAST=heads_last, EPS=_EPS,
     )  # fmt: skip
     return q, k, v, local_q, local_k
 
@@ -119,17 +125,16 @@ def _encode_backward(
     from decmem.ops.coding_kernels import _encode_gradient_kernel
 
     tokens, programs, constants = _grid(qkv, groups)
-    T, S, H, D = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups)), sum(groups)
+    T, S, H = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups))
     out = torch.empty_like(qkv)
     parts = qkv.new_empty((programs, 2, H) if gains is not None else (0,), dtype=torch.float32)
     cos_grad, sin_grad = _surface_grads(qkv, surface_cos, groups)
     _encode_gradient_kernel[(programs,)](
         qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
         time_cos, time_sin, dq, dk, dv, local_dq, local_dk, out, parts, cos_grad, sin_grad,
-        tokens, T, S, H, *_strides(T, S, H, D, heads_last), **constants,
-        TURNED=surface_cos is not None, NORMED=gains is not None,
-        TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values, EPS=_EPS,
-       
+        tokens, T, S, H, **constants, TURNED=surface_cos is not None, NORMED=gains is not None,
+        TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values,
+        HEADS_LAST=heads_last, EPS=_EPS,
     )  # fmt: skip
     return out, parts, cos_grad, sin_grad
 
@@ -185,10 +190,10 @@ def _decode(
 
     B, H, T, S, D = o.shape
     out = o.new_empty(B, T, S, H * D)
-    tokens, programs, constants = _grid(out, groups)
-    _decode_kernel[(programs,)](
+    grid, constants = _heads_grid(out, H, groups)
+    _decode_kernel[grid](
         o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out,
-        tokens, T, S, H, **constants, TURNED=surface_cos is not None, GATED=far is not None,
+        grid[0], T, S, H, **constants, TURNED=surface_cos is not None, GATED=far is not None,
         PER_HEAD=gate is not None and gate.shape[-1] == H,
     )  # fmt: skip
     return out
