@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from decmem import flow
-from decmem.codec import Codec, DecoderStream, EncoderStream
+from decmem.codec import Codec, DecoderStream, EncoderStream, SideDecoder
 from decmem.errors import UserError
 from decmem.experiment import load_parts
 from decmem.history import History
@@ -87,6 +87,7 @@ class Session:
         self.model = model
         self.config = model.config
         self.device = model.head.weight.device
+        self.decoder = SideDecoder(codec, self.device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.flow = flow_config or flow.FlowConfig()
         self.steps, self.guidance = steps, guidance
@@ -117,8 +118,10 @@ class Session:
         batch: int = 1,
         seeds: Sequence[int] | None = None,
         running: Running | None = None,
+        gemm_dtype: torch.dtype | None = None,
     ) -> "Session":
-        """A session with a preset's shipped weights, or with those at `weights`.
+        """A session with a preset's shipped weights, or with those at `weights`; `gemm_dtype` as
+        `WorldModel.hold_weights`.
 
         Raises:
             UserError: for an unknown preset or device, and missing or damaged weights.
@@ -141,7 +144,7 @@ class Session:
             codec_sha256=sums["codec"],
             running=running,
         )
-        model.hold_weights(session.dtype)
+        model.hold_weights(session.dtype, gemm_dtype)
         return session
 
     def reset(self) -> None:
@@ -266,13 +269,12 @@ class Session:
             owed = self.history.pay(self.sampler)
             latents = self.sampler.generate(bank, steering, noise, self.seen, owed)
             self.history.paid()
-            stream = DecoderStream(self.history.last)
+            made.append(self.decoder.begin(latents, DecoderStream(self.history.last)))
             self.history.write(self.sampler, latents, steering, later=self.deferred)
             self._clock("rollout", started)
-            started = time.perf_counter()
-            made.append(self.codec.decode(latents, stream).cpu())
-            self._clock("decode", started)
-        frames = torch.cat(made, dim=1).numpy()
+        started = time.perf_counter()
+        frames = torch.cat([finished().cpu() for finished in made], dim=1).numpy()
+        self._clock("decode", started)
         return frames[0] if np.ndim(actions) == 2 else frames
 
     def codec_roundtrip(
@@ -392,5 +394,6 @@ class Session:
 
     def _clock(self, name: str, started: float) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            # Not the decoder's stream, which may work on.
+            torch.cuda.current_stream(self.device).synchronize()
         self.timings[name] += time.perf_counter() - started

@@ -591,6 +591,19 @@ def test_a_session_opens_from_files(stored: Path) -> None:
     assert other.seeds == [4, 5]
 
 
+def test_a_session_s_products_may_be_in_8_bits(stored: Path) -> None:
+    files = (stored / "m.safetensors", stored / "c.safetensors")
+    rounded = Session.open("tiny", *files, device="cpu", gemm_dtype=torch.float8_e4m3fn)
+    whole = Session.open("tiny", *files, device="cpu")
+    made = []
+    for one in (rounded, whole):
+        one.observe(*known())
+        one.step(future(4))
+        made.append(one.latents[:, -1])
+    assert rounded.model.blocks[0].ffn.up.weight.dtype == torch.float8_e4m3fn
+    assert 0 < (made[0] - made[1]).abs().max() < made[1].abs().max()
+
+
 def test_weights_that_do_not_belong_together_are_refused(stored: Path) -> None:
     foreign = Autoencoder(dataclasses.replace(CODEC, channels=8))
     path = stored / "foreign.safetensors"

@@ -11,7 +11,7 @@ from decmem import flow
 from decmem.bench.clock import median_ms
 from decmem.bench.history import random_bank, wandering
 from decmem.bench.lists import RandomLists, WatchedLists
-from decmem.codec import DecoderStream
+from decmem.codec import DecoderStream, SideDecoder
 from decmem.errors import UserError
 from decmem.experiment import Experiment
 from decmem.memory import Bank, MemoryName, Recall
@@ -27,10 +27,12 @@ class RolloutBench:
         memories: decoupled, dense or window, side by side.
         steps, guidance, chunk: of the sampler; None takes the preset's steps and chunk, and no
             guidance.
-        with_codec: decode the chunk to frames inside the clock.
+        with_codec: decode the chunk to frames inside the clock, as `Session` does: on a GPU beside
+            the write pass.
         running: how chunks are computed; the room of its bank is the benchmark's business.
         random_lists: one more row for each history of the decoupled memory, with uniformly random
             lists.
+        gemm_dtype: of the blocks' matrix products; None: of the activations.
     """
 
     experiment: Experiment
@@ -45,6 +47,7 @@ class RolloutBench:
     repeats: int = 7
     running: Running = field(default_factory=Running)
     random_lists: bool = False
+    gemm_dtype: torch.dtype | None = None
 
     @torch.no_grad()
     def rows(
@@ -79,7 +82,7 @@ class RolloutBench:
         with torch.device(self.device):
             model = WorldModel(self.experiment.with_memory(memory).model)
         model.to(self.device).eval().requires_grad_(False)
-        model.hold_weights(self.dtype)
+        model.hold_weights(self.dtype, self.gemm_dtype)
         return model
 
     @property
@@ -118,13 +121,15 @@ class RolloutBench:
         steering = wandering(model, history, self.latents)
         noise = sampler.noise([0], steering.time.tolist())
         codec = self.experiment.build_codec().eval().to(self.device) if self.with_codec else None
+        decoder = None if codec is None else SideDecoder(codec, self.device)
         stream = DecoderStream()
 
         def one_chunk() -> None:
             latents = sampler.generate(bank, steering, noise)
+            finished = None if decoder is None else decoder.begin(latents, stream)
             sampler.write(bank, latents, steering)
-            if codec is not None:
-                codec.decode(latents, stream)
+            if finished is not None:
+                finished()
             bank.truncate(history)
 
         ms = median_ms(one_chunk, self.device, repeats=self.repeats)
@@ -142,7 +147,7 @@ class RolloutBench:
             "device": torch.cuda.get_device_name(self.device) if gpu else "cpu",
             "gpu_count": 1 if gpu else 0,
             "dtype": _name(self.dtype),
-            "gemm_dtype": _name(self.dtype),
+            "gemm_dtype": _name(self.gemm_dtype or self.dtype),
             "bank_dtype": _name(stored),
             "retrieval": retrieval if decoupled else None,
             "lists": ("shared" if shared else "own") if decoupled else None,

@@ -41,6 +41,11 @@ class BenchRollout:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of activations; auto is bf16 on a GPU, fp32 on a CPU."""
 
+    gemm: Literal["auto", "fp8"] = "auto"
+    """Of the blocks' matrix products, in attention and feed-forward: auto is that of activations.
+    fp8 rounds weights and activations to 8 bits, each row with a scale of its own: meant for GPUs
+    that multiply such numbers faster (H100, H200), and another picture."""
+
     bank_dtype: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """Of stored keys and values; auto is that of the activations."""
 
@@ -57,7 +62,7 @@ class BenchRollout:
     """auto records denoising as CUDA graphs on a GPU; eager runs the same code unrecorded."""
 
     codec: bool = False
-    """Decode to frames inside the clock."""
+    """Decode to frames inside the clock; on a GPU beside the write pass, as sessions do."""
 
     repeats: int = 7
     """The median of so many chunks."""
@@ -114,6 +119,7 @@ class BenchRollout:
                 graphs=self.graphs,
             ),
             self.random_lists,
+            FP8 if self.gemm == "fp8" else None,
         )
         with stage_bars(single=True) as watch:
             made = list(bench.rows(watch))

@@ -55,6 +55,9 @@ class Evaluate:
     steps: int = 4
     """Denoising steps for every chunk of frames."""
 
+    gemm: Literal["auto", "fp8"] = "auto"
+    """Of the blocks' matrix products: fp8 rounds weights and activations to 8 bits, row by row."""
+
     batch: int | None = None
     """Worlds advanced together, at least 2; by default 2 on a CPU and 32 on a GPU."""
 
@@ -71,6 +74,7 @@ class Evaluate:
         from decmem.evaluation.runner import Runner
         from decmem.experiment import shipped_weights, weights_sha256
         from decmem.machine import code_commit, describe_machine, usable_cores
+        from decmem.ops.fp8 import FP8
         from decmem.rollout import Session
         from decmem.sampler import Running
         from decmem.world.episode import Episode, render_episode
@@ -95,6 +99,7 @@ class Evaluate:
                 device=self.device,
                 steps=self.steps,
                 running=Running(graphs="off"),
+                gemm_dtype=FP8 if self.gemm == "fp8" else None,
             )
 
         session = opened(self.weights)
@@ -123,6 +128,8 @@ class Evaluate:
             "window_weights_sha256": window_session.weights_sha256 if window_session else None,
             "device": device,
         }
+        if self.gemm != "auto":
+            header["gemm"] = self.gemm
         runner = Runner(
             protocol=protocol,
             session=session,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from decmem.errors import UserError
 
@@ -54,6 +55,9 @@ class RollOut:
     device: str = "auto"
     """auto, cpu or cuda."""
 
+    gemm: Literal["auto", "fp8"] = "auto"
+    """Of the blocks' matrix products: fp8 rounds weights and activations to 8 bits, row by row."""
+
     lossless: bool = False
     """Write exact pixels, as .mkv."""
 
@@ -64,6 +68,7 @@ class RollOut:
         from decmem.commands.progress import track as bar
         from decmem.data.clip import load_actions, load_clip, whole_latents
         from decmem.data.video import check_video, write_video
+        from decmem.ops.fp8 import FP8
         from decmem.rollout import Session
         from decmem.storage import atomic_folder, write_json
         from decmem.world.episode import Episode
@@ -80,6 +85,7 @@ class RollOut:
             guidance=self.guidance,
             chunk=self.chunk,
             seeds=[self.seed],
+            gemm_dtype=FP8 if self.gemm == "fp8" else None,
         )
         size = session.config.size
         suffix, stale = (".mkv", ".mp4")[:: 1 if self.lossless else -1]
@@ -140,6 +146,7 @@ class RollOut:
                 "weights_sha256": session.weights_sha256,
                 "steps": self.steps,
                 "guidance": session.guidance,
+                "gemm": self.gemm,
                 "seed": self.seed,
                 "seconds": session.timings,
                 "provenance": whole.provenance,

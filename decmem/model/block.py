@@ -12,8 +12,10 @@ from decmem.memory.coding import split_heads
 from decmem.memory.plan import Plan
 from decmem.memory.position import Position, seeing
 from decmem.memory.surface import SurfaceDepth
-from decmem.model.linear import Linear, ScaledNorm, gelu
+from decmem.model.linear import Projection, ScaledNorm
 from decmem.ops import coding
+from decmem.ops.fp8 import Fp8Rows, gelu_rows
+from decmem.ops.norm import add_norm, add_norm_rows, scaled_norm, scaled_norm_rows
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
 
 
@@ -36,8 +38,8 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.layout = layout
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.out = Linear(width, width, bias=False)
+        self.qkv = Projection(width, 3 * width)
+        self.out = Projection(width, width)
         heads = width // head_dim
         self.q_norm = HeadGain(heads) if qk_norm else None
         self.k_norm = HeadGain(heads) if qk_norm else None
@@ -52,12 +54,13 @@ class SpatialAttention(nn.Module):
         self.cos: Tensor
         self.sin: Tensor
 
-    def forward(self, x: Float[Tensor, "B T S width"]) -> Float[Tensor, "B T S width"]:
-        q, k, v = self._heads(self.qkv(x))
-        valid = self.layout.valid_on(x.device)
+    def forward(self, x: Float[Tensor, "B T S width"] | Fp8Rows) -> Float[Tensor, "B T S width"]:
+        qkv = self.qkv(x)
+        q, k, v = self._heads(qkv)
+        valid = self.layout.valid_on(qkv.device)
         mask = None if valid is None else valid.flatten()
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
-        return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, x.shape[:2]))
+        return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, qkv.shape[:2]))
 
     def _heads(self, qkv: Float[Tensor, "B T S three_width"]) -> list[Float[Tensor, "BT H S D"]]:
         """Queries, keys and values, latents as a batch: fused attention takes four dimensions."""
@@ -66,8 +69,9 @@ class SpatialAttention(nn.Module):
         if coding.kernels_serve(qkv):
             groups = coding.Groups(0, self.head_dim, 0, 0)
             back = coding.Places(space=Rotation(turn.cos, -turn.sin))  # keys are turned back
-            coded = coding.encode_heads(qkv, gains, groups, back, values=False, latents_first=True)
-            return [part.flatten(0, 1) for part in coded[:3]]
+            coded = coding.encode_heads(qkv, gains, groups, back, values=False, heads_last=True)
+            # Fused attention leaves its output laid out like the queries: heads last, no copy.
+            return [part.flatten(0, 1).transpose(1, 2) for part in coded[:3]]
         q, k, v = split_heads(qkv, gains, self.head_dim)
         q, k = (rotate_pairs(part, turn).to(qkv.dtype) for part in (q, k))
         return [part.movedim(1, 2).flatten(0, 1) for part in (q, k, v)]
@@ -88,8 +92,8 @@ class SpatiotemporalAttention(nn.Module):
         super().__init__()
         self.head_dim = position.head_dim
         heads = width // self.head_dim
-        self.qkv = Linear(width, 3 * width, bias=False)
-        self.out = Linear(width, width, bias=False)
+        self.qkv = Projection(width, 3 * width)
+        self.out = Projection(width, width)
         self.q_norm = HeadGain(heads) if qk_norm else None
         self.k_norm = HeadGain(heads) if qk_norm else None
         self.position = position
@@ -143,11 +147,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, multiple: int) -> None:
         super().__init__()
-        self.up = Linear(width, multiple * width, bias=False)
-        self.down = Linear(multiple * width, width, bias=False)
+        self.up = Projection(width, multiple * width)
+        self.down = Projection(multiple * width, width)
 
-    def forward(self, x: Float[Tensor, "B T S width"]) -> Float[Tensor, "B T S width"]:
-        return self.down(gelu(self.up(x)))
+    def forward(self, x: Float[Tensor, "B T S width"] | Fp8Rows) -> Float[Tensor, "B T S width"]:
+        return self.down(gelu_rows(self.up(x)) if self.down.rounds else self.up.activated(x))
 
 
 class Block(nn.Module):
@@ -181,6 +185,10 @@ class Block(nn.Module):
         gate = getattr(far.memory, "gate", None)
         return found if gate is None else [*found, gate]
 
+    def norms(self) -> list[ScaledNorm]:
+        """In the order in which a pass meets them."""
+        return [self.spatial_norm, self.memory_norm, self.ffn_norm]
+
     def forward(
         self,
         x: Float[Tensor, "B T S width"],
@@ -190,14 +198,18 @@ class Block(nn.Module):
         key_time: Tensor,
         bank: LayerBank | None,
         recall: Recall,
+        scales: Float[Tensor, "3 B T width"] | None = None,
     ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
-        """The tokens one block on, and the depths it saw them at where it has a surface group."""
-        x = x + self.spatial(self.spatial_norm(x, time))
-        read, estimate = self.spatiotemporal(
-            self.memory_norm(x, time), position, plan, key_time, bank, recall
-        )
-        x = x + read
-        return x + self.ffn(self.ffn_norm(x, time)), estimate
+        """The tokens one block on, and the depths it saw them at where it has a surface group.
+
+        `scales` of the norms at this `time`, where they are known.
+        """
+        near, far, ffn = self._scales(time) if scales is None else scales.unbind()
+        x, normed = add_norm(x, self.spatial(self._normed(x, near)), far)
+        read, estimate = self.spatiotemporal(normed, position, plan, key_time, bank, recall)
+        # Where products are made of 8-bit numbers, a norm that only they read is rounded at once.
+        x, rows = (add_norm_rows if self.ffn.up.rounds else add_norm)(x, read, ffn)
+        return x + self.ffn(rows), estimate
 
     def remember(
         self,
@@ -208,9 +220,18 @@ class Block(nn.Module):
         key_time: Tensor,
         bank: LayerBank,
         recall: Recall,
+        scales: Float[Tensor, "3 B T width"] | None = None,
     ) -> None:
         """As `forward`, for a pass that only writes: the last block's tokens lead nowhere."""
-        x = x + self.spatial(self.spatial_norm(x, time))
-        self.spatiotemporal.remember(
-            self.memory_norm(x, time), position, plan, key_time, bank, recall
-        )
+        near, far, _ = self._scales(time) if scales is None else scales.unbind()
+        _, normed = add_norm(x, self.spatial(self._normed(x, near)), far)
+        self.spatiotemporal.remember(normed, position, plan, key_time, bank, recall)
+
+    def _scales(self, time: Float[Tensor, "B T time"]) -> list[Float[Tensor, "B T width"]]:
+        return [norm.scale_at(time) for norm in self.norms()]
+
+    def _normed(
+        self, x: Float[Tensor, "B T S width"], scale: Float[Tensor, "B T width"]
+    ) -> Float[Tensor, "B T S width"] | Fp8Rows:
+        """What spatial attention reads."""
+        return (scaled_norm_rows if self.spatial.qkv.rounds else scaled_norm)(x, scale)

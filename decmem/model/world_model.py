@@ -32,7 +32,9 @@ from decmem.model.conditioning import (
     patch_rays,
     relative_to,
 )
-from decmem.model.linear import Linear, ScaledNorm
+from decmem.model.linear import JointScales, Linear, Projection, ScaledNorm
+from decmem.ops.fp8 import FP8, check_fp8
+from decmem.ops.norm import scaled_norm
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class WorldModel(nn.Module):
         )
         self.head_norm = ScaledNorm(width, config.time_width)
         self.head = Linear(width, config.latent_channels * config.patch**2)
+        self._joint: JointScales | None = None
 
     def compile_blocks(self) -> None:
         """Compiles the blocks for training on a GPU, one graph for all of them."""
@@ -155,15 +158,32 @@ class WorldModel(nn.Module):
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
 
-    def hold_weights(self, dtype: torch.dtype) -> None:
+    def hold_weights(self, dtype: torch.dtype, gemm_dtype: torch.dtype | None = None) -> None:
         """Keeps the weights that activations of `dtype` meet in `dtype`, for inference: rounded
-        once instead of in every pass, with the same outcome. What meets fp32 stays fp32."""
+        once instead of in every pass, with the same outcome. What meets fp32 stays fp32.
+
+        What the norms' scales are computed from is joined besides, for one product a pass.
+
+        With a `gemm_dtype` of fp8 the blocks' projections (attention, feed-forward) are products of
+        8-bit numbers (`decmem.ops.fp8`): another outcome, and no way back.
+
+        Raises:
+            UserError: for another `gemm_dtype`, and where the GPU has no such products.
+        """
+        if gemm_dtype is not None:
+            check_fp8(gemm_dtype, self.head.weight.device)
+        norms: list[ScaledNorm] = []
         for block in self.blocks:
             assert isinstance(block, Block)
             for linear in block.projections():
-                linear.to(dtype)
+                if gemm_dtype is not None and isinstance(linear, Projection):
+                    linear.hold_fp8()
+                elif linear.weight.dtype != FP8:
+                    linear.to(dtype)
+            norms += block.norms()
         self.patchify.to(dtype)
         self.head.to(dtype)
+        self._joint = JointScales([*norms, self.head_norm])
 
     def new_bank(
         self,
@@ -261,12 +281,14 @@ class WorldModel(nn.Module):
         patches = rearrange(latents, "b t c (h p) (w q) -> b t (h w) (c p q)", p=p, q=p)
         x = self.layout.arrange(self.patchify(patches)) + context.features.to(dtype)
         time = self.time(t)
+        scales = self._scales(time)
         plan.prepare(self.layout.M, heads_first(x, self.config.position.head_dim))
         # A write pass predicts nothing: of the last layer its keys and values are enough.
         writes = bank is not None and plan.predicted == latents.shape[1]
         for i, block in enumerate(self.blocks[:-1] if writes else self.blocks):
             layer = None if bank is None else bank.layers[i]
-            given = x, time, context.position, plan, context.key_time, layer, recall
+            known = None if scales is None else scales[3 * i : 3 * i + 3]
+            given = x, time, context.position, plan, context.key_time, layer, recall, known
             if self.recompute and bank is None and torch.is_grad_enabled():
                 x, seen = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -276,9 +298,18 @@ class WorldModel(nn.Module):
         if bank is not None and writes:
             last = cast("Block", self.blocks[-1])
             position, key_time = context.position, context.key_time
-            last.remember(x, time, position, plan, key_time, bank.layers[-1], recall)
+            known = None if scales is None else scales[-4:-1]
+            last.remember(x, time, position, plan, key_time, bank.layers[-1], recall, known)
             return latents.new_empty(latents[:, :0].shape, dtype=torch.float32)
-        x = self.head_norm(x[:, plan.predicted :], time[:, plan.predicted :])
+        last_scale = self.head_norm.scale_at(time) if scales is None else scales[-1]
+        x = scaled_norm(x[:, plan.predicted :], last_scale[:, plan.predicted :])
         velocity = self.layout.restore(self.head(x))
         h = self.layout.grid[0]
         return rearrange(velocity, "b t (h w) (c p q) -> b t c (h p) (w q)", h=h, p=p, q=p).float()
+
+    def _scales(self, time: Float[Tensor, "B T time"]) -> Float[Tensor, "norms B T width"] | None:
+        """Scales of all norms where their parameters are joined; else each norm finds its own."""
+        joint = self._joint
+        return (
+            None if joint is None or torch.is_grad_enabled() or not joint.serve else joint.at(time)
+        )

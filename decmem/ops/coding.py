@@ -5,7 +5,6 @@ flow to the projections, the gains of the norms, the surface's rotation and the 
 patches and times are given, not learned.
 """
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from decmem.ops.rotary import Rotation
+from decmem.ops.untraced import kernels_serve
+
+__all__ = ["Groups", "Places", "decode_heads", "encode_heads", "kernels_serve"]
 
 _ROWS, _WARPS = 4, 1
+_HEADS, _HEAD_WARPS = 8, 4
 _EPS = 1e-6
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class Groups(NamedTuple):
@@ -41,32 +43,33 @@ class Places(NamedTuple):
     time: Rotation | None = None
 
 
-def kernels_serve(x: Tensor) -> bool:
-    """Whether the kernels run where this tensor lies; interpreted ones are for tests alone."""
-    return _TRITON_INSTALLED and x.is_cuda
-
-
 def _grid(x: Tensor, groups: list[int]) -> tuple[int, int, dict[str, Any]]:
-    """Tokens, programs, and the compile-time constants of every kernel."""
+    """Tokens, programs, and the compile-time constants of the kernels of gradients."""
     tokens = x.shape[0] * x.shape[1] * x.shape[2]
+    constants = _constants(groups) | {"ROWS": _ROWS, "num_warps": _WARPS}
+    return tokens, -(-tokens // _ROWS), constants
+
+
+def _heads_grid(x: Tensor, H: int, groups: list[int]) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Programs by tokens and by heads, and the compile-time constants of the kernels forward."""
+    tokens = x.shape[0] * x.shape[1] * x.shape[2]
+    heads = min(_HEADS, 1 << (H - 1).bit_length())
+    constants = _constants(groups) | {"ROWS": heads, "num_warps": _HEAD_WARPS}
+    return (tokens, -(-H // heads)), constants
+
+
+def _constants(groups: list[int]) -> dict[str, Any]:
     camera, space, surface, time = groups
     D = sum(groups)
-    constants = {
-        "D": D, "WIDTH": _power(D), "ROWS": _ROWS, "E": _power(camera),
+    return {
+        "D": D, "WIDTH": _power(D), "E": _power(camera),
         "CAMERA": camera, "SPACE": space, "SURFACE": surface, "TIME": time,
-        "num_warps": _WARPS,
     }  # fmt: skip
-    return tokens, -(-tokens // _ROWS), constants
 
 
 def _power(channels: int) -> int:
     """A power of two that holds them."""
     return max(16, 1 << (channels - 1).bit_length())
-
-
-def _strides(T: int, S: int, H: int, D: int, latents_first: bool) -> tuple[int, int, int]:
-    """Steps from world to world, latent to latent and head to head."""
-    return (T * H * S * D, H * S * D, S * D) if latents_first else (H * T * S * D, S * D, T * S * D)
 
 
 @torch.library.custom_op("decmem::encode_heads", mutates_args=())
@@ -75,29 +78,29 @@ def _encode(
     space_cos: Tensor | None, space_sin: Tensor | None,
     surface_cos: Tensor | None, surface_sin: Tensor | None,
     time_cos: Tensor | None, time_sin: Tensor | None,
-    groups: list[int], local: bool, values: bool, latents_first: bool,
+    groups: list[int], local: bool, values: bool, heads_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from decmem.ops.coding_kernels import _encode_kernel
 
-    tokens, programs, constants = _grid(qkv, groups)
-    q, k, v, local_q, local_k = _encoded(qkv, groups, local, latents_first)
-    T, S, H, D = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups)), sum(groups)
-    _encode_kernel[(programs,)](
+    q, k, v, local_q, local_k = _encoded(qkv, groups, local, heads_last)
+    T, S, H = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups))
+    grid, constants = _heads_grid(qkv, H, groups)
+    _encode_kernel[grid](
         qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
-        time_cos, time_sin, q, k, v, local_q, local_k, tokens, T, S, H,
-        *_strides(T, S, H, D, latents_first), **constants, TURNED=surface_cos is not None,
-        NORMED=gains is not None, TIMED=time_cos is not None and not local, LOCAL=local,
-        VALUES=values, EPS=_EPS,
+        time_cos, time_sin, q, k, v, local_q, local_k, grid[0], T, S, H, **constants,
+        TURNED=surface_cos is not None, NORMED=gains is not None,
+        TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values,
+        HEADS_LAST=heads_last, EPS=_EPS,
     )  # fmt: skip
     return q, k, v, local_q, local_k
 
 
-def _encoded(qkv: Tensor, groups: list[int], local: bool, latents_first: bool) -> list[Tensor]:
+def _encoded(qkv: Tensor, groups: list[int], local: bool, heads_last: bool) -> list[Tensor]:
     """Room for what is encoded."""
     B, T, S, channels = qkv.shape
     D = sum(groups)
     H = channels // (3 * D)
-    shape = (B, T, H, S, D) if latents_first else (B, H, T, S, D)
+    shape = (B, T, S, H, D) if heads_last else (B, H, T, S, D)
     none = (0,)
     return [qkv.new_empty(x) for x in (shape, shape, shape, *((shape if local else none,) * 2))]
 
@@ -105,9 +108,9 @@ def _encoded(qkv: Tensor, groups: list[int], local: bool, latents_first: bool) -
 @_encode.register_fake
 def _(
     qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
-    time_cos, time_sin, groups, local, values, latents_first,
+    time_cos, time_sin, groups, local, values, heads_last,
 ):  # fmt: skip
-    return tuple(_encoded(qkv, groups, local, latents_first))
+    return tuple(_encoded(qkv, groups, local, heads_last))
 
 
 @torch.library.custom_op("decmem::encode_heads_backward", mutates_args=())
@@ -117,22 +120,21 @@ def _encode_backward(
     surface_cos: Tensor | None, surface_sin: Tensor | None,
     time_cos: Tensor | None, time_sin: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, local_dq: Tensor, local_dk: Tensor,
-    groups: list[int], local: bool, values: bool, latents_first: bool,
+    groups: list[int], local: bool, values: bool, heads_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from decmem.ops.coding_kernels import _encode_gradient_kernel
 
     tokens, programs, constants = _grid(qkv, groups)
-    T, S, H, D = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups)), sum(groups)
+    T, S, H = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups))
     out = torch.empty_like(qkv)
     parts = qkv.new_empty((programs, 2, H) if gains is not None else (0,), dtype=torch.float32)
     cos_grad, sin_grad = _surface_grads(qkv, surface_cos, groups)
     _encode_gradient_kernel[(programs,)](
         qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
         time_cos, time_sin, dq, dk, dv, local_dq, local_dk, out, parts, cos_grad, sin_grad,
-        tokens, T, S, H, *_strides(T, S, H, D, latents_first), **constants,
-        TURNED=surface_cos is not None, NORMED=gains is not None,
-        TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values, EPS=_EPS,
-       
+        tokens, T, S, H, **constants, TURNED=surface_cos is not None, NORMED=gains is not None,
+        TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values,
+        HEADS_LAST=heads_last, EPS=_EPS,
     )  # fmt: skip
     return out, parts, cos_grad, sin_grad
 
@@ -151,7 +153,7 @@ def _of_pairs(grad: Tensor) -> Tensor:
 @_encode_backward.register_fake
 def _(
     qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
-    time_cos, time_sin, dq, dk, dv, local_dq, local_dk, groups, local, values, latents_first,
+    time_cos, time_sin, dq, dk, dv, local_dq, local_dk, groups, local, values, heads_last,
 ):  # fmt: skip
     tokens = qkv.shape[0] * qkv.shape[1] * qkv.shape[2]
     H = qkv.shape[3] // (3 * sum(groups))
@@ -188,10 +190,10 @@ def _decode(
 
     B, H, T, S, D = o.shape
     out = o.new_empty(B, T, S, H * D)
-    tokens, programs, constants = _grid(out, groups)
-    _decode_kernel[(programs,)](
+    grid, constants = _heads_grid(out, H, groups)
+    _decode_kernel[grid](
         o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out,
-        tokens, T, S, H, **constants, TURNED=surface_cos is not None, GATED=far is not None,
+        grid[0], T, S, H, **constants, TURNED=surface_cos is not None, GATED=far is not None,
         PER_HEAD=gate is not None and gate.shape[-1] == H,
     )  # fmt: skip
     return out
@@ -263,7 +265,7 @@ def encode_heads(
     *,
     local: bool = False,
     values: bool = True,
-    latents_first: bool = False,
+    heads_last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values, normed and coded, heads first.
 
@@ -271,7 +273,7 @@ def encode_heads(
         qkv: projections side by side. gains: of the RMS norms of queries and keys; None: no norm.
         places: shapes (B, T, 4, 4), (S, pairs), (B, T, S, pairs), (T, pairs).
         local: turn time not in queries and keys, but in a second pair of them.
-        values: code values as keys are, time apart. latents_first: (B, T, H, S, D).
+        values: code values as keys are, time apart. heads_last: (B, T, S, H, D).
 
     Returns:
         q, k, v, and where asked for q and k with time; (B, H, T, S, D) each.
@@ -279,7 +281,7 @@ def encode_heads(
     return _encode(
         qkv.contiguous(), _table(gains), _table(places.query_matrix), _table(places.key_matrix),
         *_turn(places.space), *_turn(places.surface), *_turn(places.time),
-        list(groups), local, values, latents_first,
+        list(groups), local, values, heads_last,
     )  # fmt: skip
 
 

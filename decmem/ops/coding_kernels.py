@@ -1,16 +1,16 @@
 """Coding of heads in Triton: between projections and attention in one pass, and back in another.
 
 `encode_heads` takes the fused projection of queries, keys and values, norms queries and keys, codes
-their channels by position and puts heads first. `decode_heads` undoes the position on what was
-read, weighs the global branch by the gate, adds the local one and puts heads last. Arithmetic is
-fp32, each number is read and written once, and nothing but the operands is kept for gradients.
-What is computed, in plain PyTorch: `decmem.memory.coding`.
+their channels by position and puts heads first, or leaves them last. `decode_heads` undoes the
+position on what was read, weighs the global branch by the gate, adds the local one and puts heads
+last. Arithmetic is fp32, each number is read and written once, and nothing but the operands is kept
+for gradients. What is computed, in plain PyTorch: `decmem.memory.coding`.
 
 A head's channels lie in groups, camera | space | surface | time. Camera channels are multiplied by
-a matrix, four by four; those of another group are turned in pairs, (i, i + half). Each program
-takes a tile of tokens, whose rotations it holds while it walks the heads. No atomics: the same
-bits every time. `no_type_check` keeps the tests' run-time shape checks off the kernels, whose
-source Triton reads.
+a matrix, four by four; those of another group are turned in pairs, (i, i + half). On the way there
+a program takes some heads of one token, which share its rotation; for gradients, a tile of tokens,
+whose rotations it holds while it walks the heads. No atomics: the same bits every time.
+`no_type_check` keeps the tests' run-time shape checks off the kernels, whose source Triton reads.
 """
 
 from typing import no_type_check
@@ -116,16 +116,29 @@ def _quads(P, row, columns, e, ok, CAMERA: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _place(bt, s, T, S, H, D: tl.constexpr, HEADS_LAST: tl.constexpr):
+    """Where a token's first head lies, and the step from head to head."""
+    bt = bt.to(tl.int64)
+    if HEADS_LAST:
+        first, step = (bt * S + s) * H * D, D
+    else:
+        first, step = ((bt // T * H * T + bt % T) * S + s) * D, T * S * D
+    return first, step
+
+
+@triton.jit
+@no_type_check
 def _encode_kernel(
     QKV, GAINS, QUERY_MATRIX, KEY_MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN,
-    TIME_COS, TIME_SIN, Q, K, V, LOCAL_Q, LOCAL_K, N, T, S, H, stride_b, stride_t, stride_h,
+    TIME_COS, TIME_SIN, Q, K, V, LOCAL_Q, LOCAL_K, N, T, S, H,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
     TURNED: tl.constexpr, NORMED: tl.constexpr, TIMED: tl.constexpr, LOCAL: tl.constexpr,
-    VALUES: tl.constexpr, EPS: tl.constexpr,
+    VALUES: tl.constexpr, HEADS_LAST: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ok = n < N
+    n = tl.program_id(0) + tl.arange(0, 1)
+    h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    ok, live = n < N, h < H
     bt, s = n // S, n % S
     t = bt % T
     d, e = tl.arange(0, WIDTH), tl.arange(0, E)
@@ -133,7 +146,7 @@ def _encode_kernel(
     behind, ahead = (d >= CAMERA) & (d < D), e < CAMERA
     cos, sin = _turns(
         SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, n, s, d, pair, ok,
-        ROWS, WIDTH, CAMERA, SPACE, SURFACE, TURNED,
+        1, WIDTH, CAMERA, SPACE, SURFACE, TURNED,
     )  # fmt: skip
     sin *= sign[None, :]
     timed_cos, timed_sin = cos, sin
@@ -147,35 +160,38 @@ def _encode_kernel(
         of_queries = _matrix(QUERY_MATRIX, bt, e, ok, CAMERA, True)
         of_keys = _matrix(KEY_MATRIX, bt, e, ok, CAMERA, False)
     source = n.to(tl.int64) * (3 * H * D)
-    target = (bt // T).to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + s * D
-    for h in range(H):
-        for part in tl.static_range(3):
-            row = source + (part * H + h) * D
-            own = _load(QKV, row, d, ok, D)
-            other = _load(QKV, row, partner, ok, D)
-            size = tl.full((ROWS,), 1.0, tl.float32)
-            if NORMED and part < 2:
-                gain = tl.load(GAINS + part * H + h)
-                size = tl.rsqrt(tl.sum(own * own, 1) / D + EPS) * gain
-            OUT = Q if part == 0 else K if part == 1 else V
-            place = target + h * stride_h
-            if part == 2 and not VALUES:
-                _store(OUT, place, d, own, ok, d < D)
+    target, step = _place(bt, s, T, S, H, D, HEADS_LAST)
+    place, first = target + h * step, source + h * D
+    # All reading from afar begins before the first store, behind which no load may slip.
+    own_q = _load(QKV, first, d, live, D)
+    own_k = _load(QKV, first + H * D, d, live, D)
+    own_v = _load(QKV, first + 2 * H * D, d, live, D)
+    for part in tl.static_range(3):
+        row = first + part * H * D
+        own = own_q if part == 0 else own_k if part == 1 else own_v
+        other = _load(QKV, row, partner, live, D)
+        size = tl.full((ROWS,), 1.0, tl.float32)
+        if NORMED and part < 2:
+            gain = tl.load(GAINS + part * H + h, mask=live, other=0.0)
+            size = tl.rsqrt(tl.sum(own * own, 1) / D + EPS) * gain
+        OUT = Q if part == 0 else K if part == 1 else V
+        if part == 2 and not VALUES:
+            _store(OUT, place, d, own, live, d < D)
+        else:
+            if TIMED and part < 2:
+                x = (own * timed_cos + other * timed_sin) * size[:, None]
             else:
-                if TIMED and part < 2:
-                    x = (own * timed_cos + other * timed_sin) * size[:, None]
-                else:
-                    x = (own * cos + other * sin) * size[:, None]
-                _store(OUT, place, d, x, ok, behind)
+                x = (own * cos + other * sin) * size[:, None]
+            _store(OUT, place, d, x, live, behind)
+            if LOCAL and part < 2:
+                x = (own * timed_cos + other * timed_sin) * size[:, None]
+                _store(LOCAL_Q if part == 0 else LOCAL_K, place, d, x, live, behind)
+            if CAMERA > 0:
+                x = _quads(QKV, row, of_queries if part == 0 else of_keys, e, live, CAMERA)
+                x *= size[:, None]
+                _store(OUT, place, e, x, live, ahead)
                 if LOCAL and part < 2:
-                    x = (own * timed_cos + other * timed_sin) * size[:, None]
-                    _store(LOCAL_Q if part == 0 else LOCAL_K, place, d, x, ok, behind)
-                if CAMERA > 0:
-                    x = _quads(QKV, row, of_queries if part == 0 else of_keys, e, ok, CAMERA)
-                    x *= size[:, None]
-                    _store(OUT, place, e, x, ok, ahead)
-                    if LOCAL and part < 2:
-                        _store(LOCAL_Q if part == 0 else LOCAL_K, place, e, x, ok, ahead)
+                    _store(LOCAL_Q if part == 0 else LOCAL_K, place, e, x, live, ahead)
 
 
 @triton.jit
@@ -183,11 +199,11 @@ def _encode_kernel(
 def _encode_gradient_kernel(
     QKV, GAINS, QUERY_MATRIX, KEY_MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN,
     TIME_COS, TIME_SIN, Q, K, V, LOCAL_Q, LOCAL_K, OUT, GAIN_PARTS, COS_GRAD, SIN_GRAD,
-    N, T, S, H, stride_b, stride_t, stride_h,
+    N, T, S, H,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
     TURNED: tl.constexpr, NORMED: tl.constexpr, TIMED: tl.constexpr, LOCAL: tl.constexpr,
-    VALUES: tl.constexpr, EPS: tl.constexpr,
+    VALUES: tl.constexpr, HEADS_LAST: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """Q, K, V, LOCAL_Q and LOCAL_K are gradients here; everything as in `_encode_kernel`."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -215,11 +231,11 @@ def _encode_gradient_kernel(
     cos_grad = tl.zeros((ROWS, WIDTH), tl.float32)
     sin_grad = tl.zeros((ROWS, WIDTH), tl.float32)
     source = n.to(tl.int64) * (3 * H * D)
-    target = (bt // T).to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + s * D
+    target, step = _place(bt, s, T, S, H, D, HEADS_LAST)
     for h in range(H):
         for part in tl.static_range(3):
             row = source + (part * H + h) * D
-            place = target + h * stride_h
+            place = target + h * step
             GRAD = Q if part == 0 else K if part == 1 else V
             grad = _load(GRAD, place, d, ok, D)
             if part == 2 and not VALUES:
@@ -278,12 +294,12 @@ def _encode_gradient_kernel(
 
 @triton.jit
 @no_type_check
-def _open(GATE, n, h, c, ok, H, C: tl.constexpr, PER_HEAD: tl.constexpr):
-    """How far the gate is open for channels `c`."""
+def _open(GATE, nh, c, ok, C: tl.constexpr, PER_HEAD: tl.constexpr):
+    """How far the gate is open for channels `c` of heads `nh` of all tokens."""
     if PER_HEAD:
-        z = tl.load(GATE + n * H + h, mask=ok, other=0.0).to(tl.float32)[:, None]
-        return tl.sigmoid(tl.broadcast_to(z, (n.shape[0], c.shape[0])))
-    return tl.sigmoid(_load(GATE, (n * H + h) * C, c, ok, C))
+        z = tl.load(GATE + nh, mask=ok, other=0.0).to(tl.float32)[:, None]
+        return tl.sigmoid(tl.broadcast_to(z, (nh.shape[0], c.shape[0])))
+    return tl.sigmoid(_load(GATE, nh * C, c, ok, C))
 
 
 @triton.jit
@@ -294,34 +310,33 @@ def _decode_kernel(
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
     TURNED: tl.constexpr, GATED: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    ok = n < N
+    n = tl.program_id(0) + tl.arange(0, 1)
+    h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    ok, live = n < N, h < H
     bt, s = n // S, n % S
     d, e = tl.arange(0, WIDTH), tl.arange(0, E)
     partner, sign, pair = _pairs(d, CAMERA, SPACE, SURFACE, TIME)
     behind, ahead = (d >= CAMERA) & (d < D), e < CAMERA
     cos, sin = _turns(
         SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, n, s, d, pair, ok,
-        ROWS, WIDTH, CAMERA, SPACE, SURFACE, TURNED,
+        1, WIDTH, CAMERA, SPACE, SURFACE, TURNED,
     )  # fmt: skip
     sin *= sign[None, :]
     if CAMERA > 0:
         columns = _matrix(MATRIX, bt, e, ok, CAMERA, False)
-    n = n.to(tl.int64)
-    for h in range(H):
-        row = (((bt // T).to(tl.int64) * H + h) * T + bt % T) * S * D + s * D
-        place = (n * H + h) * D
-        x = _load(LOCAL, row, d, ok, D) * cos - _load(LOCAL, row, partner, ok, D) * sin
+    target, step = _place(bt, s, T, S, H, D, False)
+    row, nh = target + h * step, n.to(tl.int64) * H + h
+    x = _load(LOCAL, row, d, live, D) * cos - _load(LOCAL, row, partner, live, D) * sin
+    if GATED:
+        far = _load(FAR, row, d, live, D) * cos - _load(FAR, row, partner, live, D) * sin
+        x += _open(GATE, nh, d, live, D, PER_HEAD) * far
+    _store(OUT, nh * D, d, x, live, behind)
+    if CAMERA > 0:
+        x = _quads(LOCAL, row, columns, e, live, CAMERA)
         if GATED:
-            far = _load(FAR, row, d, ok, D) * cos - _load(FAR, row, partner, ok, D) * sin
-            x += _open(GATE, n, h, d, ok, H, D, PER_HEAD) * far
-        _store(OUT, place, d, x, ok, behind)
-        if CAMERA > 0:
-            x = _quads(LOCAL, row, columns, e, ok, CAMERA)
-            if GATED:
-                far = _quads(FAR, row, columns, e, ok, CAMERA)
-                x += _open(GATE, n, h, e, ok, H, D, PER_HEAD) * far
-            _store(OUT, place, e, x, ok, ahead)
+            far = _quads(FAR, row, columns, e, live, CAMERA)
+            x += _open(GATE, nh, e, live, D, PER_HEAD) * far
+        _store(OUT, nh * D, e, x, live, ahead)
 
 
 @triton.jit
@@ -353,7 +368,8 @@ def _decode_gradient_kernel(
     quad = e // 4 * 4
     for h in range(H):
         row = (((bt // T).to(tl.int64) * H + h) * T + bt % T) * S * D + s * D
-        place = (n * H + h) * D
+        nh = n * H + h
+        place = nh * D
         grad = _load(GRAD, place, d, ok, D)
         grad_other = _load(GRAD, place, partner, ok, D)
         _store(LOCAL_GRAD, row, d, grad * cos + grad_other * sin, ok, behind)
@@ -365,22 +381,22 @@ def _decode_gradient_kernel(
             sin_grad += grad * _load(LOCAL, row, partner, ok, D)
         if GATED:
             own, other = _load(FAR, row, d, ok, D), _load(FAR, row, partner, ok, D)
-            wide = _open(GATE, n, h, d, ok, H, D, PER_HEAD)
+            wide = _open(GATE, nh, d, ok, D, PER_HEAD)
             behind_gate = grad * (own * cos - other * sin) * wide * (1.0 - wide)
-            grad_other *= _open(GATE, n, h, partner, ok, H, D, PER_HEAD)
+            grad_other *= _open(GATE, nh, partner, ok, D, PER_HEAD)
             grad *= wide
             _store(FAR_GRAD, row, d, grad * cos + grad_other * sin, ok, behind)
             if TURNED and SURFACE > 0:
                 cos_grad += grad * own
                 sin_grad += grad * other
             if CAMERA > 0:
-                wide = _open(GATE, n, h, e, ok, H, D, PER_HEAD)
+                wide = _open(GATE, nh, e, ok, D, PER_HEAD)
                 far = _quads(FAR, row, columns, e, ok, CAMERA)
                 ahead_gate = _load(GRAD, place, e, ok, CAMERA) * far * wide * (1.0 - wide)
                 dx = tl.zeros((ROWS, E), tl.float32)
                 for j in tl.static_range(4):
                     g = _load(GRAD, place, quad + j, ok, CAMERA)
-                    g *= _open(GATE, n, h, quad + j, ok, H, D, PER_HEAD)
+                    g *= _open(GATE, nh, quad + j, ok, D, PER_HEAD)
                     dx += g * rows[j]
                 _store(FAR_GRAD, row, e, dx, ok, ahead)
             if PER_HEAD:

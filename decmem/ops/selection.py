@@ -1,16 +1,23 @@
 """Which blocks to read: pooled features, their scores, and a deterministic top-k (figure 4)."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from decmem.ops.untraced import untraced
+from decmem.ops.untraced import bare_kernels_serve, kernels_serve, untraced
+
+_MOST = 16384
+"""Scores that one program holds; longer rows are sorted."""
 
 
 def pool_blocks(
     x: Float[Tensor, "B H N P D"], valid: Bool[Tensor, "period P"] | None = None
 ) -> Float[Tensor, "B H N D"]:
     """Mean over the valid tokens of each block, in fp32."""
+    if bare_kernels_serve(x):
+        return _pool(x, valid)
     x = x.float()
     if valid is None:
         return x.mean(dim=3)
@@ -20,7 +27,7 @@ def pool_blocks(
 
 
 def block_scores(
-    q: Float[Tensor, "B H Nq D"], k: Float[Tensor, "B H Nk D"], per_head: bool
+    q: Float[Tensor, "B H Nq D"], k: Float[Tensor, "#B H Nk D"], per_head: bool
 ) -> Float[Tensor, "B G Nq Nk"]:
     """Attention scores of pooled features, fp32; summed over heads unless `per_head`."""
     q, k = q.float(), k.float()
@@ -48,19 +55,22 @@ def ranking_keys(
 
 def select_blocks(
     q: Float[Tensor, "B H Nq D"],
-    k: Float[Tensor, "B H Nk D"],
+    k: Float[Tensor, "#B H Nk D"],
     candidates: Bool[Tensor, "Nq Nk"] | Bool[Tensor, "B 1 Nq Nk"],
     count: int,
     per_head: bool = False,
 ) -> Int[Tensor, "B G Nq K"]:
     """The `count` best candidate blocks of each query block, ascending, then -1 where short.
 
-    `q` and `k` are pooled features (`pool_blocks`). Scores are compared in fp32 and ties go to
-    the lowest index. No gradient flows through the choice.
+    `q` and `k` are pooled features (`pool_blocks`); keys of one world may serve the queries of
+    many. Scores are compared in fp32 and ties go to the lowest index. No gradient flows through the
+    choice.
     """
     with torch.no_grad():
         scores = block_scores(q, k, per_head)
         candidates = candidates.expand_as(scores)
+        if kernels_serve(scores) and scores.shape[-1] <= _MOST:
+            return _choose(scores, candidates[:, 0], min(count, scores.shape[-1]))
         clear = _clear_choice(scores, candidates, count) if untraced(q) else None
         return _ranked_choice(scores, candidates, count) if clear is None else clear
 
@@ -86,3 +96,52 @@ def _clear_choice(
     if not bool((best[..., -2] > best[..., -1]).all()):
         return None
     return index[..., :-1].sort(dim=-1).values.to(torch.int32)
+
+
+@torch.library.custom_op("decmem::choose_blocks", mutates_args=())
+def _choose(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """`_ranked_choice` of at most `_MOST` blocks; candidates (B, Nq, Nk), the same for all groups.
+
+    Never waits for the device.
+    """
+    from decmem.ops.selection_kernels import _choose_kernel
+
+    B, G, Nq, Nk = scores.shape
+    out = scores.new_empty((B, G, Nq, count), dtype=torch.int32)
+    block = max(64, 1 << (Nk - 1).bit_length())
+    constants: dict[str, Any] = {
+        "BLOCK": block, "LIST": 1 << (count - 1).bit_length(),
+        "num_warps": min(16, max(1, block // 512)),
+    }  # fmt: skip
+    _choose_kernel[(B * G * Nq,)](
+        scores.contiguous(), candidates.view(torch.uint8), out, G, Nq, Nk, count,
+        *candidates.stride(), **constants,
+    )  # fmt: skip
+    return out
+
+
+@_choose.register_fake
+def _(scores, candidates, count):
+    return scores.new_empty((*scores.shape[:3], count), dtype=torch.int32)
+
+
+@torch.library.custom_op("decmem::pool_blocks", mutates_args=())
+def _pool(x: Tensor, valid: Tensor | None) -> Tensor:
+    from decmem.ops.selection_kernels import _pool_kernel
+
+    B, H, N, P, D = x.shape
+    out = x.new_empty((B, H, N, D), dtype=torch.float32)
+    kinds = None if valid is None else valid.contiguous().view(torch.uint8)
+    constants: dict[str, Any] = {
+        "P": P, "D": D, "WIDTH": 1 << (D - 1).bit_length(), "TOKENS": 32, "num_warps": 4,
+    }  # fmt: skip
+    _pool_kernel[(B * H * N,)](
+        x.contiguous(), kinds, out, N, N if valid is None else len(valid), **constants,
+        MASKED=valid is not None,
+    )  # fmt: skip
+    return out
+
+
+@_pool.register_fake
+def _(x, valid):
+    return x.new_empty((*x.shape[:3], x.shape[4]), dtype=torch.float32)

@@ -61,6 +61,7 @@ def test_command_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert row["bytes_per_latent"] == TINY.model.layers * heads * (2 * S + M) * D * 4
     assert row["fps"] == pytest.approx(16 / row["ms_per_chunk"] * 1000, rel=1e-3)
     assert (row["covers"], row["steps"], row["dtype"]) == ("dit+codec", 2, "float32")
+    assert row["gemm_dtype"] == "float32"
     assert set(row) == FORM
     assert [s["blocks"] for s in written["seen"][:2]] == [5 * 6, 9 * 6]
     assert "| decoupled | 5 |" in capsys.readouterr().out
@@ -77,12 +78,14 @@ def test_rows_say_how_chunks_were_computed(tmp_path: Path) -> None:
     options = ["--preset", "tiny", "--device", "cpu", "--steps", "2", "--repeats", "1"]
     options += ["--history", "9", "--memory", "decoupled", "--guidance", "2", "--graphs", "eager"]
     options += ["--bank-dtype", "fp8", "--retrieve-until", "1", "--share-lists", "--random-lists"]
+    options += ["--gemm", "fp8"]
     assert main(["bench", "rollout", *options, "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "rollout_cpu.json").read_text())
     found, drawn = written["rows"]
     assert (found["retrieval"], found["lists"], found["guidance"]) == ("reused", "shared", 2)
     assert (drawn["retrieval"], drawn["lists"]) == ("random", "own")
     assert found["bank_dtype"] == drawn["bank_dtype"] == "float8_e4m3fn"
+    assert found["gemm_dtype"] == drawn["gemm_dtype"] == "float8_e4m3fn"
     assert found["bytes_per_latent"] == TINY.build_model().bytes_per_latent(FP8)
     for seen in written["seen"]:
         assert seen["engine"] == "eager"

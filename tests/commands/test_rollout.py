@@ -172,6 +172,7 @@ def test_a_script_and_the_motion_law(
         "weights_sha256": weights_sha256(weights["weights"]),
         "steps": 2,
         "guidance": None,
+        "gemm": "auto",
         "seed": 0,
         "provenance": {
             "video": "video.mkv", "track": "track.npz", "world_seed": 3, "dreamed_from_frame": 14

@@ -150,15 +150,15 @@ def test_decode(
 
 
 @everywhere
-def test_latents_first_and_values_left_alone(device: str, dtype: torch.dtype) -> None:
+def test_heads_last_and_values_left_alone(device: str, dtype: torch.dtype) -> None:
     D = 16
     qkv = torch.randn(B, T, 10, 3 * H * D).to(device, dtype).requires_grad_()
     angles = rotary_angles(torch.arange(10, device=device), D, 100.0)
-    turn = rotation(angles)
     back = kernels.Places(space=rotation(-angles))
     groups = kernels.Groups(0, D, 0, 0)
-    ours = kernels.encode_heads(qkv, None, groups, back, values=False, latents_first=True)[:3]
-    q, k, v = (x.unflatten(-1, (H, D)).movedim(-2, 2) for x in qkv.chunk(3, -1))
+    ours = kernels.encode_heads(qkv, None, groups, back, values=False, heads_last=True)[:3]
+    q, k, v = (x.unflatten(-1, (H, D)) for x in qkv.chunk(3, -1))
+    turn = rotation(angles[:, None])
     plain = [*(rotate_pairs(x, turn).to(dtype) for x in (q, k)), v]
     weights = [torch.randn_like(x) for x in plain]
     results = [

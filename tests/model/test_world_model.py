@@ -253,3 +253,37 @@ def test_weights_held_in_16_bits_give_the_same_velocities(small: ModelConfig, aw
     assert model.blocks[0].ffn.up.weight.dtype == torch.bfloat16
     assert model.head_norm.scale.weight.dtype == torch.float32
     assert torch.equal(velocity(), before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_products_in_8_bits_give_nearby_velocities(
+    device: str, small: ModelConfig, awake, clip
+) -> None:
+    # PyTorch's scaled product asks for multiples of 16.
+    position = dataclasses.replace(small.position, camera=12, space=8, time=6)
+    config = dataclasses.replace(small, width=64, position=position)
+    model, data = awake(config).to(device), clip(config, 4)
+    x, t = (part.to(device) for part in data.sequence())
+    plan = training_plan(config.reading.reach, 4, 2)
+
+    def velocity() -> Tensor:
+        context = model.context(data.conditions.to(device), streams=2)
+        return model(x.bfloat16(), t, context, plan)
+
+    model.hold_weights(torch.bfloat16)
+    before, parameters = velocity(), sum(p.numel() for p in model.parameters())
+    model.hold_weights(torch.bfloat16, torch.float8_e4m3fn)
+    after = velocity()
+    assert 0 < (after - before).square().mean().sqrt() < 0.2 * before.std()
+    block = model.blocks[0]
+    assert block.spatial.qkv.weight.dtype == block.ffn.down.weight.dtype == torch.float8_e4m3fn
+    assert block.spatiotemporal.memory.gate.weight.dtype == torch.bfloat16
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    model.hold_weights(torch.bfloat16)
+    assert torch.equal(velocity(), after)
+
+
+def test_products_in_other_formats_are_refused(small: ModelConfig) -> None:
+    with pytest.raises(UserError, match="gemm"):
+        WorldModel(small).hold_weights(torch.bfloat16, torch.float16)

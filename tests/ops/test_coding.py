@@ -16,8 +16,8 @@ def turn(*shape: int) -> Rotation:
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["local", "once"])
-@pytest.mark.parametrize("latents_first", [True, False], ids=["latents-first", "heads-first"])
-def test_encoding_passes_opcheck(local: bool, latents_first: bool) -> None:
+@pytest.mark.parametrize("heads_last", [True, False], ids=["heads-last", "heads-first"])
+def test_encoding_passes_opcheck(local: bool, heads_last: bool) -> None:
     B, T, S, H = 1, 2, 3, 2
     given = (
         torch.randn(B, T, S, 3 * H * 16, requires_grad=True),
@@ -25,7 +25,7 @@ def test_encoding_passes_opcheck(local: bool, latents_first: bool) -> None:
         *(torch.randn(B, T, 4, 4) for _ in range(2)),
         *turn(S, 2), *(x.requires_grad_() for x in turn(B, T, S, 3)), *turn(T, 1),
     )  # fmt: skip
-    options = (GROUPS, local, True, latents_first)
+    options = (GROUPS, local, True, heads_last)
     torch.library.opcheck(torch.ops.decmem.encode_heads, (*given, *options))
     bare = [x.detach() for x in given]
     out = torch.ops.decmem.encode_heads(*bare, *options)
@@ -58,3 +58,32 @@ def test_nothing_but_the_projections_is_needed() -> None:
     )
     for got, want in zip((q, k, v), qkv.chunk(3, -1), strict=True):
         torch.testing.assert_close(got[:, 0], want)
+
+
+@pytest.mark.parametrize("heads_last", [True, False], ids=["heads-last", "heads-first"])
+def test_heads_that_fill_no_program(heads_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coding, "_HEADS", 2)
+    B, T, S, H, D = 1, 2, 3, 5, 16
+    groups = coding.Groups(*GROUPS)
+    matrices = [torch.randn(B, T, 4, 4) for _ in range(2)]
+    places = coding.Places(*matrices, turn(S, 2), turn(B, T, S, 3), turn(T, 1))
+    qkv, gains = torch.randn(B, T, S, 3, H, D), torch.rand(2, H)
+
+    def encoded(part: slice) -> list[torch.Tensor]:
+        """Of these heads alone; heads first."""
+        out = coding.encode_heads(
+            qkv[..., part, :].flatten(3), gains[:, part], groups, places,
+            local=True, heads_last=heads_last,
+        )  # fmt: skip
+        return [x.movedim(3, 1) if heads_last else x for x in out]
+
+    together = encoded(slice(0, H))
+    gate = torch.randn(B, T, S, H)
+    read = coding.decode_heads(together[0], together[1], gate, groups, places).unflatten(-1, (H, D))
+    for h in range(H):
+        one = slice(h, h + 1)
+        alone = encoded(one)
+        for ours, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[:, one], expected)
+        out = coding.decode_heads(*alone[:2], gate[..., one], groups, places)
+        torch.testing.assert_close(read[..., h, :], out)

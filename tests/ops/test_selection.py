@@ -1,14 +1,18 @@
 """Retrieval against a sort that Python does: scores, ties, candidates, order."""
 
 import math
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
+from decmem.ops import selection
 from decmem.ops.selection import (
+    _choose,
     _clear_choice,
+    _pool,
     _ranked_choice,
     block_scores,
     pool_blocks,
@@ -129,3 +133,119 @@ def test_pooling_is_the_mean_over_valid_tokens() -> None:
     assert pooled.dtype == torch.float32
     torch.testing.assert_close(pooled[:, :, 0::2], x[:, :, 0::2].float().mean(3))
     torch.testing.assert_close(pooled[:, :, 1::2], x[:, :, 1::2, 0].float())
+
+
+PLACES = [
+    pytest.param("cpu", marks=pytest.mark.interpreter),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+everywhere = pytest.mark.parametrize("device", PLACES)
+
+
+@pytest.fixture
+def _exact() -> Iterator[None]:
+    """No TF32 in the definition."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def assert_chosen(scores: Tensor, candidates: Tensor, count: int) -> None:
+    """The kernel's lists are the definition's, bit for bit."""
+    count = min(count, scores.shape[-1])
+    expected = _ranked_choice(scores, candidates.expand_as(scores), count)
+    chosen = _choose(scores, candidates.expand_as(scores)[:, 0], count)
+    assert chosen.dtype == expected.dtype
+    assert torch.equal(chosen, expected)
+
+
+@everywhere
+@pytest.mark.parametrize("count", [1, 3, 9])
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_the_kernel_chooses_by_the_definition(scores: list[float], count: int, device: str) -> None:
+    # All sets of candidates at once, each a query block of its own.
+    allowed = torch.tensor(list(product([False, True], repeat=len(scores))), device=device)
+    row = torch.tensor(scores, device=device).expand(1, 1, len(allowed), -1)
+    assert_chosen(row, allowed[None, None], count)
+
+
+@everywhere
+@pytest.mark.parametrize("count", [1, 80, 5000], ids=lambda n: f"k{n}")
+@pytest.mark.parametrize("blocks", [1, 64, 1236], ids=lambda n: f"N{n}")
+def test_the_kernel_chooses_from_long_histories(blocks: int, count: int, device: str) -> None:
+    generator = torch.Generator().manual_seed(blocks)
+    scores = torch.randn(2, 2, 2, blocks, generator=generator).to(device) * 100
+    some = (torch.rand(2, 1, 2, blocks, generator=generator) < 0.6).to(device)
+    some[0, 0, 0] = False
+    first = torch.arange(blocks, device=device) < blocks // 2  # a mask without memory of its own
+    for candidates in (some, first.expand(2, -1)):
+        for tied in (scores, scores.round(decimals=-2), scores.sign() * 0.0):
+            assert_chosen(tied, candidates, count)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [6200, 16384], ids=lambda n: f"N{n}")
+def test_the_kernel_chooses_from_the_longest_histories(blocks: int) -> None:
+    scores = torch.randn(2, 24, 24, blocks, device="cuda")
+    reachable = (torch.arange(blocks, device="cuda") < blocks - 100).expand(24, -1)
+    for tied in (scores, scores.round(decimals=1), scores.round()):
+        assert_chosen(tied, reachable, 80)
+
+
+@pytest.mark.gpu
+def test_choosing_never_waits_for_the_device() -> None:
+    q, k = (torch.randn(2, 4, n, 72, device="cuda") for n in (24, 300))
+    seen = (torch.arange(300, device="cuda") < 200).expand(24, -1)
+    select_blocks(q, k, seen, 80, per_head=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lists = select_blocks(q, k, seen, 80, per_head=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert lists.shape == (2, 4, 24, 80)
+
+
+@pytest.mark.usefixtures("_exact")
+@everywhere
+@pytest.mark.parametrize("per_head", [True, False], ids=["per-head", "together"])
+def test_selection_by_the_kernel(
+    device: str, per_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = (torch.randn(2, 3, n, 8).to(device) for n in (4, 50))
+    seen = (torch.arange(50, device=device) < 40).expand(4, -1)
+    expected = select_blocks(q.cpu(), k.cpu(), seen.cpu(), 7, per_head)
+    monkeypatch.setattr(selection, "kernels_serve", lambda _: True)
+    assert torch.equal(select_blocks(q, k, seen, 7, per_head).cpu(), expected)
+    one = select_blocks(q, k[:1], seen, 7, per_head)
+    assert torch.equal(one, select_blocks(q, k[:1].expand(2, -1, -1, -1), seen, 7, per_head))
+    monkeypatch.setattr(selection, "_MOST", 49)
+    assert torch.equal(select_blocks(q, k, seen, 7, per_head).cpu(), expected)
+
+
+@everywhere
+@pytest.mark.parametrize("D", [8, 72], ids=lambda n: f"D{n}")
+@pytest.mark.parametrize("P", [1, 32, 35], ids=lambda n: f"P{n}")
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "full"])
+def test_pooling_by_the_kernel(P: int, D: int, masked: bool, device: str) -> None:
+    x = torch.randn(2, 3, 4, P, D).to(device, torch.float16)
+    counts = torch.tensor([P, (P + 1) // 2], device=device)
+    valid = torch.arange(P, device=device) < counts[:, None] if masked else None
+    with torch.enable_grad():  # the plain form
+        expected = pool_blocks(x.double() if device == "cpu" else x, valid)
+    torch.testing.assert_close(_pool(x, valid), expected.float())
+    turned = x.movedim(1, 3).contiguous().movedim(3, 1)
+    assert torch.equal(_pool(turned, valid), _pool(x, valid))
+
+
+@pytest.mark.interpreter
+def test_the_operators_pass_opcheck() -> None:
+    tests = ("test_schema", "test_faketensor")
+    scores, candidates = torch.randn(2, 3, 4, 20), torch.rand(2, 4, 20) < 0.5
+    torch.library.opcheck(torch.ops.decmem.choose_blocks, (scores, candidates, 5), test_utils=tests)
+    x, valid = torch.randn(2, 3, 4, 6, 8), torch.rand(2, 6) < 0.5
+    torch.library.opcheck(torch.ops.decmem.pool_blocks, (x, valid), test_utils=tests)
+
+
+def test_the_kernels_are_for_a_gpu() -> None:
+    assert not selection.kernels_serve(torch.zeros(1))
