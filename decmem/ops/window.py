@@ -9,7 +9,13 @@ from torch import Tensor
 
 from decmem.ops.block_sparse import Backend, block_sparse_attention, choose_backend
 from decmem.ops.untraced import untraced
-from decmem.ops.window_blocks import WindowBlocks, window_blocks
+from decmem.ops.window_blocks import (
+    WindowBlocks,
+    block_size,
+    tile_lists,
+    tile_rows,
+    window_blocks,
+)
 from decmem.ops.window_launches import Launches, choose_launches
 from decmem.ops.window_tiles import MOST_RUNS, placed_tiles, row_runs
 
@@ -49,7 +55,6 @@ class WindowTable:
     def __init__(self, table: Bool[Tensor, "Tq Tk"]) -> None:
         self.table = table
         self.spans = spans(table)
-        self.shared = bool(table.all())
         self.few_runs = all(
             len(runs) <= MOST_RUNS for side in (table, table.T) for runs in row_runs(side)
         )
@@ -104,6 +109,16 @@ class WindowTable:
             made.append(self._forms[form])
         return made
 
+    def tile_lists(
+        self, tokens: int, rows: int, blocks: int, device: torch.device
+    ) -> Int[Tensor, "1 1 tiles K"] | None:
+        """As the function; sent to the device once, for a copy from the host stops CUDA graphs."""
+        form = ("tile_lists", tokens, rows, blocks, device)
+        if form not in self._forms:
+            lists = tile_lists(self.table, tokens, rows, blocks)
+            self._forms[form] = None if lists is None else lists.to(device)
+        return self._forms[form]  # pyright: ignore[reportReturnType]
+
     def prepare(self, q: Float[Tensor, "B H Tq S D"]) -> None:
         """Makes what `window_attention` will ask for with queries like these."""
         if choose_backend("auto", q) == "triton":
@@ -127,8 +142,8 @@ def window_attention(
     `valid` marks the token slots of a latent that hold a token. `k` and `v` may have more latents
     than the table has columns (a bank's spare room); those are never read. Keys of one world may
     serve the queries of many. `counts` may say what `valid` says block by block: how many tokens
-    each of the M equal blocks of a latent holds, where they come first. Then, without gradients and
-    where all latents see the same, the block-sparse kernels for Hopper GPUs do the work.
+    each of the M equal blocks of a latent holds, where they come first. Then, without gradients,
+    the block-sparse kernels for Hopper GPUs do the work where windows suit their tiles.
     """
     S, Tk = q.shape[3], windows.table.shape[1]
     if k.shape[0] < q.shape[0]:
@@ -136,10 +151,10 @@ def window_attention(
     slots = None if valid is None else valid[None]
     asked, backend = backend, choose_backend(backend, q)
     kernels = backend == "hopper" or (asked == "auto" and backend == "triton")
-    if kernels and windows.shared and (valid is None or counts is not None):
-        whole = _for_hopper(q, k[:, :, :Tk], v[:, :, :Tk], counts)
-        if whole is not None:
-            return block_sparse_attention(*whole, backend="hopper").view_as(q)
+    if kernels and (valid is None or counts is not None):
+        blocks = _for_hopper(q, k[:, :, :Tk], v[:, :, :Tk], windows, counts)
+        if blocks is not None:
+            return block_sparse_attention(*blocks, backend="hopper").view_as(q)
     if backend == "triton" and windows.few_runs:
         from decmem.ops import window_kernels
 
@@ -172,17 +187,22 @@ def window_attention(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def _for_hopper(q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None) -> WindowBlocks | None:
+def _for_hopper(
+    q: Tensor, k: Tensor, v: Tensor, windows: WindowTable, counts: Tensor | None
+) -> WindowBlocks | None:
     """The blocks that the kernels for Hopper GPUs take, where they serve: the window kernels have
     the faster gradients, and compilers cannot follow the choice."""
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if learning or torch.compiler.is_compiling():
         return None
-    blocks = window_blocks(q, k, v, counts)
-    if blocks is None:
+    S = q.shape[3]
+    rows, size = tile_rows(q.shape[2] * S), block_size(S, counts)
+    lists = windows.tile_lists(S, rows, S // size, q.device) if rows and size else None
+    if lists is None:
         return None
     from decmem.ops.sparse_kernels import hopper_obstacle
 
+    blocks = window_blocks(q, k, v, lists, counts)
     return blocks if hopper_obstacle(blocks.q, blocks.k, blocks.valid) is None else None
 
 

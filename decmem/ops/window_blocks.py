@@ -1,15 +1,14 @@
-"""A window that all queries share, as block-sparse attention with one list for all.
+"""Windows as block-sparse attention: tiles of queries, each with a list of what it sees.
 
-What every latent of a chunk reads is then the same, and tiles of queries need not end where blocks
-of tokens do: cut anew, the 3,840 slots of the paper's chunk are 20 tiles of 192 rows, where blocks
-of 160 would leave a sixth of every tile empty.
+Where latents see the same, as those of a chunk do, tiles need not end where blocks of tokens do:
+cut anew, the 3,840 slots of the paper's chunk are 20 tiles of 192 rows, where blocks of 160 would
+leave a sixth of every tile empty.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _ROWS = (192, 128, 64)
@@ -25,34 +24,51 @@ class WindowBlocks(NamedTuple):
     q: Float[Tensor, "B H Nq Pq D"]
     k: Float[Tensor, "B H Nk Pk D"]
     v: Float[Tensor, "B H Nk Pk D"]
-    lists: Int[Tensor, "1 1 Nq Nk"]
+    lists: Int[Tensor, "1 1 Nq K"]
     valid: Int[Tensor, " M"] | None
+
+
+def tile_lists(
+    table: Bool[Tensor, "Tq Tk"], tokens: int, rows: int, blocks: int
+) -> Int[Tensor, "1 1 tiles K"] | None:
+    """Blocks that each tile of `rows` queries sees, ascending, then -1; None where a tile holds
+    latents that see different ones. Latents have `tokens` slots and `blocks` blocks."""
+    first = torch.arange(0, table.shape[0] * tokens, rows)
+    seen = table[first // tokens]
+    if not seen.equal(table[(first + rows - 1) // tokens]) or not (
+        rows <= tokens or seen.repeat_interleave(rows, 0).equal(table.repeat_interleave(tokens, 0))
+    ):
+        return None
+    seen = seen.repeat_interleave(blocks, 1)
+    places = torch.where(seen, torch.arange(seen.shape[1]), seen.shape[1])
+    places = places.sort(1).values[:, : int(seen.sum(1).max())]
+    return torch.where(places < seen.shape[1], places, -1).to(torch.int32)[None, None]
+
+
+def tile_rows(slots: int) -> int:
+    """Queries of a tile, 0 where nothing divides so many."""
+    return next((n for n in _ROWS if slots % n == 0), 0)
+
+
+def block_size(tokens: int, counts: Int[Tensor, " M"] | None) -> int:
+    """Keys of a block of latents of so many slots, 0 where nothing divides them."""
+    sizes = _KEYS if counts is None else (tokens // len(counts),)
+    return next((n for n in sizes if tokens % n == 0), 0)
 
 
 def window_blocks(
     q: Float[Tensor, "B H Tq S D"],
     k: Float[Tensor, "B H Tk S D"],
     v: Float[Tensor, "B H Tk S D"],
+    lists: Int[Tensor, "1 1 tiles K"],
     counts: Int[Tensor, " M"] | None,
-) -> WindowBlocks | None:
-    """Attention of all of `q` over all of `k`, or None where nothing divides the slots evenly.
+) -> WindowBlocks:
+    """Tiles of `q` that read what `lists` (`tile_lists`) name of `k` and `v`, all of them views.
 
     `counts`: tokens of each of the M equal blocks of a latent, that come first in their block. The
-    result has the shape of the blocks of queries; `view_as(q)` gives it that of `q`.
+    result has the shape of the tiles; `view_as(q)` gives it that of `q`.
     """
-    slots = q.shape[2] * q.shape[3]
-    rows = next((n for n in _ROWS if slots % n == 0), 0)
-    sizes = _KEYS if counts is None else (q.shape[3] // len(counts),)
-    size = next((n for n in sizes if q.shape[3] % n == 0), 0)
-    if not (rows and size):
-        return None
+    size = block_size(q.shape[3], counts)
     keys, values = (x.unflatten(3, (-1, size)).flatten(2, 3) for x in (k, v))
-    lists = _everything(slots // rows, keys.shape[2], q.device)
-    return WindowBlocks(q.flatten(2, 3).unflatten(2, (-1, rows)), keys, values, lists, counts)
-
-
-@lru_cache(maxsize=64)
-def _everything(readers: int, blocks: int, device: torch.device) -> Int[Tensor, "1 1 Nq Nk"]:
-    """Lists of all blocks; sent once, since a copy from the host stops CUDA graphs."""
-    lists = torch.arange(blocks, dtype=torch.int32).expand(1, 1, readers, -1)
-    return lists.contiguous().to(device)
+    tiles = q.flatten(2, 3).unflatten(2, (lists.shape[2], -1))
+    return WindowBlocks(tiles, keys, values, lists, counts)
