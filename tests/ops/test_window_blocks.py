@@ -1,4 +1,4 @@
-"""A shared window as block-sparse attention: the same result, and taken only where it serves."""
+"""Windows as block-sparse attention: the same result, and taken only where they suit tiles."""
 
 import importlib.util
 import inspect
@@ -13,7 +13,13 @@ from decmem.ops import window
 from decmem.ops.block_sparse import block_sparse_attention
 from decmem.ops.reference import slots_of
 from decmem.ops.window import WindowTable, window_attention
-from decmem.ops.window_blocks import WindowBlocks, window_blocks
+from decmem.ops.window_blocks import (
+    WindowBlocks,
+    block_size,
+    tile_lists,
+    tile_rows,
+    window_blocks,
+)
 
 
 def inputs(B: int, H: int, Tq: int, Tk: int, S: int, D: int) -> list[Tensor]:
@@ -32,6 +38,19 @@ def dense(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
 COUNTS = torch.tensor([16, 11, 13], dtype=torch.int32)
 
 
+def blocks_of(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None, table: Tensor | None = None
+) -> WindowBlocks | None:
+    """The arguments of the operator; None where no tiles suit."""
+    tokens = q.shape[3]
+    rows, size = tile_rows(q.shape[2] * tokens), block_size(tokens, counts)
+    if not (rows and size):
+        return None
+    table = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool) if table is None else table
+    lists = tile_lists(table, tokens, rows, tokens // size)
+    return None if lists is None else window_blocks(q, k, v, lists, counts)
+
+
 @pytest.mark.parametrize(
     ("sizes", "counts", "tiles", "keys"),
     [
@@ -47,7 +66,7 @@ def test_one_list_for_all_gives_the_same(
     sizes: tuple[int, ...], counts: Tensor | None, tiles: tuple[int, ...], keys: tuple[int, ...]
 ) -> None:
     q, k, v = inputs(*sizes)
-    blocks = window_blocks(q, k, v, counts)
+    blocks = blocks_of(q, k, v, counts)
     assert blocks is not None
     assert blocks.q.shape[2:4] == tiles
     assert blocks.k.shape[2:4] == blocks.v.shape[2:4] == keys
@@ -57,9 +76,29 @@ def test_one_list_for_all_gives_the_same(
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [48, 384])
+def test_each_branch_reads_its_own(tokens: int) -> None:
+    """Two chunks of four latents behind a past that both see, and one that sees less of it."""
+    table = torch.zeros(12, 15, dtype=torch.bool)
+    for first in (0, 4, 8):
+        table[first : first + 4, 3 + first : 7 + first] = True
+        table[first : first + 4, 1 if first == 8 else 0 : 3] = True
+    q, k, v = inputs(1, 2, 12, 15, tokens, 16)
+    counts = COUNTS * (tokens // 48)
+    blocks = blocks_of(q, k, v, counts, table)
+    assert blocks is not None
+    out = block_sparse_attention(*blocks, backend="gather").view_as(q)
+    valid = slots_of(counts, tokens // 3)
+    assert valid is not None
+    for first in (0, 4, 8):
+        own, seen = slice(first, first + 4), table[first]
+        expected = dense(q[:, :, own], k[:, :, seen], v[:, :, seen], valid.flatten())
+        torch.testing.assert_close(out[:, :, own], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_bank_is_read_in_place() -> None:
     q, k, v = inputs(1, 2, 4, 9, 64, 8)
-    blocks = window_blocks(q, k[:, :, :5], v[:, :, :5], None)
+    blocks = blocks_of(q, k[:, :, :5], v[:, :, :5], None)
     assert blocks is not None
     assert blocks.k.data_ptr() == k.data_ptr()
 
@@ -67,8 +106,19 @@ def test_a_bank_is_read_in_place() -> None:
 @pytest.mark.parametrize("T", [1, 3])
 def test_slots_that_no_tile_divides_are_left_alone(T: int) -> None:
     q, k, v = inputs(1, 1, T, 2, 48, 8)
-    assert window_blocks(q, k, v, COUNTS) is None
-    assert window_blocks(*inputs(1, 1, 4, 2, 48, 8), None) is None
+    assert blocks_of(q, k, v, COUNTS) is None
+    assert blocks_of(*inputs(1, 1, 4, 2, 48, 8), None) is None
+
+
+@pytest.mark.parametrize("odd", range(1, 8))
+def test_a_tile_whose_latents_see_different_ones_is_left_alone(odd: int) -> None:
+    """Eight latents of 48 tokens are two tiles; a border of windows at 4 is one between them."""
+    table = torch.ones(8, 3, dtype=torch.bool)
+    table[odd:, 0] = False
+    assert (tile_lists(table, 48, 192, 3) is None) == (odd != 4)
+    table = torch.ones(8, 3, dtype=torch.bool)
+    table[odd, 0] = False
+    assert tile_lists(table, 48, 192, 3) is None
 
 
 class Taken(Exception):
@@ -132,8 +182,11 @@ def test_where_the_blocks_are_taken(attempt: Callable[..., WindowBlocks | None])
     assert attempt(everything, learning=True) is None
     with torch.no_grad():
         assert attempt(everything, learning=True) is not None
+    # Tiles of these latents hold no part of another: windows may differ.
     everything[0, 4] = False
-    assert attempt(everything) is None
+    differing = attempt(everything)
+    assert differing is not None
+    assert differing.lists[0, 0, :, -1].tolist() == [-1, -1, 9, 9]
 
 
 @pytest.mark.gpu
