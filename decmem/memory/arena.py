@@ -198,9 +198,10 @@ class LayerBank:
 
     def pool(self, latents: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values as attention reads them, of at least the first `latents` (all the room
-        at a desk). The arenas themselves where they are in `dtype`, else a copy that lasts until
-        the next layer asks."""
-        if self.keys.dtype == dtype:
+        at a desk). The arenas themselves where they are in `dtype`, and in 8 bits at a desk, whose
+        window holds what the local branch reads; else a copy that lasts until the next layer
+        asks."""
+        if self.keys.dtype == dtype or (self.desk is not None and self.key_scale is not None):
             return self.keys, self.values
         read = slice(0, self.room if self.desk is not None else latents)
         found = []

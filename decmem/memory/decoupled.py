@@ -33,7 +33,10 @@ class DecoupledMemory(Memory):
         if not reading.recall.global_memory:
             return self.decode(reading, o_alm)
         lists = self._lists(reading, coded, k)
-        o_sgm = self.sparse_global(coded.q, k, v, lists)
+        bank, scales = reading.bank, (None, None)
+        if bank is not None and k.dtype != coded.k.dtype:
+            scales = (bank.key_scale, bank.value_scale)
+        o_sgm = self.sparse_global(coded.q, k, v, lists, *scales)
         gate = self.gate_logits(reading)
         if reading.recall.lens is not None:
             self._watch(reading, reading.recall.lens, lists, o_alm, o_sgm, gate)

@@ -62,8 +62,13 @@ class SparseGlobalMemory(nn.Module):
         k: Float[Tensor, "B H pool S D"],
         v: Float[Tensor, "B H pool S D"],
         lists: Int[Tensor, "B G Nq K"],
+        k_scale: Float[Tensor, "B H pool S 1"] | None = None,
+        v_scale: Float[Tensor, "B H pool S 1"] | None = None,
     ) -> Float[Tensor, "B H T S D"]:
-        """o_sgm over the retrieved lists. Empty lists (the very first chunk) read zeros."""
+        """o_sgm over the retrieved lists. Empty lists (the very first chunk) read zeros.
+
+        Keys and values in 8 bits come with their scales.
+        """
         out = block_sparse_attention(
             self.blocks(q),
             self.blocks(k),
@@ -71,5 +76,7 @@ class SparseGlobalMemory(nn.Module):
             lists,
             valid=self.counts,
             backend=self.backend,
+            k_scale=None if k_scale is None else self.blocks(k_scale),
+            v_scale=None if v_scale is None else self.blocks(v_scale),
         )
         return out.unflatten(2, (-1, self.layout.M)).flatten(3, 4)
