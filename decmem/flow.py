@@ -21,11 +21,13 @@ class FlowConfig:
     Args:
         mean, spread: training times are sigmoid(normal(mean, spread)).
         shift: t -> shift t / (1 + (shift - 1) t), towards the noisy end; 1 leaves times alone.
+        sampling_shift: the same for the times of sampling; None takes `shift`.
     """
 
     mean: float = 0.0
     spread: float = 1.0
     shift: float = 2.0
+    sampling_shift: float | None = None
 
 
 def shift_time(t: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:
@@ -54,7 +56,8 @@ def sampling_times(config: FlowConfig, steps: int) -> list[float]:
     if steps < 1:
         raise UserError("steps", f"{steps} denoising steps", "Use at least 1")
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return shift_time(t, config.shift).tolist()
+    shift = config.shift if config.sampling_shift is None else config.sampling_shift
+    return shift_time(t, shift).tolist()
 
 
 def solve(

@@ -54,6 +54,8 @@ POCKET = Experiment(
         ),
         chunk_sizes=(1, 2, 4),
     ),
+    flow=FlowConfig(sampling_shift=16.0),
+    sampler=SamplerConfig(retrieved=24),
     memory_training=MemoryTraining(history_dreamt=0.25, depth_weight=0.05, compile=True),
 )
 

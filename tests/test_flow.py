@@ -117,3 +117,13 @@ def test_training_times_follow_the_configuration() -> None:
     assert wide.quantile(0.75).item() == pytest.approx(1 / (1 + 2.718 ** (-2 * 0.674)), abs=0.02)
     assert torch.equal(times(FlowConfig()), times(FlowConfig()))
     assert not torch.equal(times(FlowConfig()), times(FlowConfig(), seed=1))
+
+
+def test_sampling_may_lean_further_towards_noise_than_training() -> None:
+    leaning = FlowConfig(shift=2.0, sampling_shift=16.0)
+    assert sampling_times(leaning, 4) == sampling_times(FlowConfig(shift=16.0), 4)
+    drawn = training_times(leaning, (9,), torch.Generator().manual_seed(0), torch.device("cpu"))
+    plain = training_times(
+        FlowConfig(shift=2.0), (9,), torch.Generator().manual_seed(0), torch.device("cpu")
+    )
+    assert drawn.equal(plain)
