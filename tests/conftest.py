@@ -5,7 +5,9 @@ import os
 # Before torch, numba or numpy are imported: tests run in parallel, each with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,3 +81,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_gpu)
         if item.get_closest_marker("interpreter") and os.environ.get("TRITON_INTERPRET") != "1":
             item.add_marker(not_interpreted)
+
+
+@pytest.fixture
+def waiting_forbidden() -> Callable[[], AbstractContextManager[None]]:
+    """Inside it, an operation that makes the host wait for the GPU is an error."""
+    import torch
+
+    @contextmanager
+    def forbidden() -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        try:
+            with warnings.catch_warnings():
+                # PyTorch says of the mode itself that it is a prototype; all of its warnings here
+                # are errors, and the mode would outlast this one.
+                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+                torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    return forbidden

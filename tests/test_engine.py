@@ -2,8 +2,8 @@
 history, and retrieval is reused and shared where asked."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import product
 
 import pytest
@@ -266,19 +266,14 @@ def test_graphs_replay_the_plain_pass(name: str, options: dict, dtype: torch.dty
 
 
 @pytest.mark.gpu
-def test_no_step_waits_for_the_device() -> None:
+def test_no_step_waits_for_the_device(
+    waiting_forbidden: Callable[[], AbstractContextManager[None]],
+) -> None:
     model = awake(PAPER, "cuda")
     sampler = sampler_of(model, graphs="eager")
     _, bank = dreamt(sampler, chunks=1)
     engine = bank.engine
     assert isinstance(engine, Engine)
     noise = sampler.noise([1], range(T)).float()
-    before = torch.cuda.get_sync_debug_mode()
-    try:
-        with warnings.catch_warnings():
-            # PyTorch says of the mode itself that it is a prototype.
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-            torch.cuda.set_sync_debug_mode("error")
+    with waiting_forbidden():
         engine.velocity(bank, noise, 1.0, True)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)

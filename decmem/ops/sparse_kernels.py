@@ -38,19 +38,6 @@ def _hopper_chosen(kernels: str, q: Tensor, k: Tensor, valid: Tensor | None) -> 
     return obstacle is None
 
 
-_RESTORING = 1.65
-"""What restoring a block costs, in visits of blocks that the Triton kernel takes longer for: an
-estimate (23 and 14 ns on an H100), which `benchmarks/stored.py` puts to the test."""
-
-
-def _worth_restoring(q: Tensor, k: Tensor, lists: Tensor) -> bool:
-    """Whether the kernels for Hopper GPUs, which read 16 bits, make up for restoring blocks first:
-    where few blocks have many readers."""
-    B, _, NQ = q.shape[:3]
-    visits = NQ * lists.shape[-1]
-    return _RESTORING * k.shape[0] * min(k.shape[2], visits) < B * visits
-
-
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     kernels: str, o_alm: Tensor | None = None, gate: Tensor | None = None,
@@ -59,9 +46,9 @@ def _run_forward(
     hopper = sparse_hopper_kernels
     chosen = _hopper_chosen(kernels, q, k, valid)
     if chosen and k_scale is not None and v_scale is not None:
-        chosen = kernels == "hopper" or _worth_restoring(q, k, lists)
-        if chosen:
-            k, v = sparse_restore_kernels.restore_listed(k, v, k_scale, v_scale, lists, q.dtype)
+        # These read 16 bits. They make up for it at every length of the history that was timed
+        # (`benchmarks/stored.py`).
+        k, v = sparse_restore_kernels.restore_listed(k, v, k_scale, v_scale, lists, q.dtype)
     if chosen and hopper is not None:
         return hopper.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
     return sparse_forward_kernels.run_forward(

@@ -1,7 +1,8 @@
 """Retrieval against a sort that Python does: scores, ties, candidates, order."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from itertools import product
 
 import pytest
@@ -194,15 +195,14 @@ def test_the_kernel_chooses_from_the_longest_histories(blocks: int) -> None:
 
 
 @pytest.mark.gpu
-def test_choosing_never_waits_for_the_device() -> None:
+def test_choosing_never_waits_for_the_device(
+    waiting_forbidden: Callable[[], AbstractContextManager[None]],
+) -> None:
     q, k = (torch.randn(2, 4, n, 72, device="cuda") for n in (24, 300))
     seen = (torch.arange(300, device="cuda") < 200).expand(24, -1)
     select_blocks(q, k, seen, 80, per_head=True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_forbidden():
         lists = select_blocks(q, k, seen, 80, per_head=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert lists.shape == (2, 4, 24, 80)
 
 
