@@ -41,7 +41,7 @@ class Stable:
         """
         room = latents + self.passing
         first = 0
-        for taken in sorted(self._stalls.values(), key=lambda slots: slots.start):
+        for taken in self._taken():
             if taken.start - first >= room:
                 break
             first = taken.stop
@@ -74,7 +74,12 @@ class Stable:
     @property
     def empty(self) -> bool:
         """Whether all stalls are free."""
-        return not self._stalls
+        return not self._taken()
+
+    def _taken(self) -> list[range]:
+        """Stalls that are not free, in their order."""
+        found = [self.stall(bank) for bank in list(self._stalls)]
+        return sorted((slots for slots in found if slots), key=lambda slots: slots.start)
 
     def stall(self, bank: Bank) -> range | None:
         """The slots of a bank; None for one that is not from here (a fork is not), or has outgrown

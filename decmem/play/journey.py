@@ -160,8 +160,9 @@ class Journey:
         except BaseException:
             self.turn_back()
             raise
-        spent = (self.session.timings[name] - before[name] for name in ("rollout", "decode"))
-        return with_truth(self.come_home(outing, dream, *spent), outing)
+        names = {"generate": "rollout", "decode": "decode"}
+        spent = {name: self.session.timings[at] - before[at] for name, at in names.items()}
+        return with_truth(self.come_home(outing, dream, spent), outing)
 
     def set_out(self, actions: Float32[np.ndarray, "F A"], beside: bool = True) -> Outing:
         """The player goes ahead, and its truth is rendered `beside` where there is one. Then
@@ -186,10 +187,10 @@ class Journey:
         self,
         outing: Outing,
         dream: UInt8[np.ndarray, "F H W 3"],
-        generate: float,
-        decode: float,
+        spent: dict[str, float],
     ) -> Chunk:
-        """What was dreamed, in so many seconds; the truth is still to come (`with_truth`)."""
+        """What was dreamed, and the seconds of generate and decode. The truth is still to come
+        (`with_truth`)."""
         session, T = self.session, len(outing.actions) // FRAMES_PER_LATENT
         bank = session.history.bank
         assert session.conditions is not None
@@ -202,7 +203,7 @@ class Journey:
             session.frames - len(outing.actions) + 1,
             session.length,
             session.seen,
-            {"generate": generate, "decode": decode},
+            spent,
             bank.allocated_bytes,
         )
 
