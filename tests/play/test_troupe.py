@@ -43,12 +43,12 @@ def studio(session: Callable[..., Session]) -> Iterator[Callable[..., Studio]]:
     """Studios of two denoising steps; settings are those of `Bounds`."""
     opened: list[Studio] = []
 
-    def made(together: bool = True, deferred: bool = True, **bounds: int) -> Studio:
-        running = Running(graphs="eager" if together else "off")
+    def made(company: bool = True, deferred: bool = True, **bounds: int) -> Studio:
+        running = Running(graphs="eager" if company else "off")
         walker = session(steps=2, running=running)
         walker.deferred = deferred
         limits = Bounds(**{"together": 40} | bounds)  # pyright: ignore[reportArgumentType]
-        opened.append(Studio(walker, "tiny", limits, PACES["cpu"], together=together))
+        opened.append(Studio(walker, "tiny", limits, PACES["cpu"], together=company))
         return opened[-1]
 
     yield made
@@ -190,7 +190,7 @@ def test_sixteen_are_the_most_of_a_pass(studio: Callable[..., Studio], passes: l
 
 
 def test_what_one_asks_wrongly_is_told_to_it_alone(studio: Callable[..., Studio]) -> None:
-    one, alone = studio(), studio(together=False)
+    one, alone = studio(), studio(company=False)
     journeys, others = begun(one), begun(alone)
     expected = gone(alone, [others[0], others[2]])
     assert one.troupe is not None
@@ -216,7 +216,7 @@ def test_what_one_asks_wrongly_is_told_to_it_alone(studio: Callable[..., Studio]
 def test_a_pass_that_fails_costs_no_world(
     broken: str, studio: Callable[..., Studio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, alone = studio(), studio(together=False)
+    one, alone = studio(), studio(company=False)
     journeys, others = begun(one), begun(alone)
 
     def fails(*_: object) -> None:
@@ -269,7 +269,7 @@ def test_a_request_that_was_withdrawn_is_not_served(studio: Callable[..., Studio
 def test_who_outgrows_its_stall_goes_on_alone(
     studio: Callable[..., Studio], passes: list[int]
 ) -> None:
-    one, alone = studio(together=8), studio(together=False)
+    one, alone = studio(together=8), studio(company=False)
     journeys, others = begun(one, (9, 9, 21)), begun(alone, (9, 9, 21))
     troupe = one.troupe
     assert troupe is not None
