@@ -174,7 +174,7 @@ class Troupe:
             except UserError as error:
                 _log.warning("worlds are dreamt one by one: %s", error)
                 return False
-            self._stall = each - sampler.model.config.chunk
+            self._stall, self._closed_until = each - sampler.model.config.chunk, -math.inf
         return True
 
     def _goes(self, sampler: Sampler, latents: int) -> bool:
@@ -218,8 +218,10 @@ class Troupe:
         players = [player for one in company if (player := _set_out(one)) is not None]
         if not players:
             return []
+        # Once answered, a world may be set otherwise; the pass is what it was.
+        sampler = players[0].session.sampler
         try:
-            dreamt = self._dream(self.stable, players)
+            dreamt = self._dream(self.stable, sampler, players)
         except Exception:
             # Whoever it was: alone, each meets what is its own.
             _log.exception("worlds that went together go alone")
@@ -229,24 +231,23 @@ class Troupe:
         for player, dream in zip(players, dreamt, strict=True):
             _hand(player, dream)
         try:
-            self._write(self.stable, [one.session for one in players])
+            self._write(self.stable, sampler, [one.session for one in players])
         except Exception:
             _log.exception("write passes are left to the next chunks")
         return []
 
-    def _dream(self, stable: Stable, players: Sequence[_Player]) -> list[_Dream]:
+    def _dream(self, stable: Stable, sampler: Sampler, players: Sequence[_Player]) -> list[_Dream]:
         """One for each of them; no world has gone on yet."""
         sessions = [one.session for one in players]
-        sampler, decoder = sessions[0].sampler, sessions[0].decoder
         started = time.perf_counter()
-        self._write(stable, sessions)
+        self._write(stable, sampler, sessions)
         rows = [
             Row(_bank(s), p.steering, sampler.noise(s.seeds, p.steering.time.tolist()))
             for s, p in zip(sessions, players, strict=True)
         ]
         latents = sampler.generate_together(stable, rows)
         before = torch.cat([_last(s) for s in sessions])
-        finished = decoder.begin(torch.cat(latents), DecoderStream(before))
+        finished = sessions[0].decoder.begin(torch.cat(latents), DecoderStream(before))
         if sampler.device.type == "cuda":
             torch.cuda.current_stream(sampler.device).synchronize()
         generated = time.perf_counter()
@@ -255,9 +256,9 @@ class Troupe:
         spent = {"generate": generated - started, "decode": decoded - generated}
         return [_Dream(*made, spent) for made in zip(latents, frames, strict=True)]
 
-    def _write(self, stable: Stable, sessions: Sequence[Session]) -> None:
+    def _write(self, stable: Stable, sampler: Sampler, sessions: Sequence[Session]) -> None:
         """The write passes that these still owe their banks, in one pass where that can be."""
-        sampler, rows = sessions[0].sampler, []
+        rows = []
         for one in sessions:
             owed = one.history.pay(sampler)
             if owed is not None:
