@@ -4,10 +4,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from decmem.codec.base import FRAMES_PER_LATENT
 from decmem.errors import UserError
+from decmem.model import Conditions
+from decmem.model.conditioning import conditions_of_frames
 from decmem.world.actions import validate_actions
 from decmem.world.kinematics import check_rigid, integrate
 
@@ -66,6 +69,15 @@ def valid_actions(actions: np.ndarray) -> Float[np.ndarray, "B F A"]:
     return np.stack([validate_actions(world) for world in actions.astype(np.float32)])
 
 
+def whole_latents(actions: np.ndarray) -> Float[np.ndarray, "B F A"]:
+    """Actions of whole latents as float32. Raises `UserError` for other counts, and values out of
+    range."""
+    acted, F = valid_actions(actions), actions.shape[1]
+    if F == 0 or F % FRAMES_PER_LATENT:
+        raise UserError("actions", f"{F} actions, expected a multiple of 4", "Pad with no-ops")
+    return acted
+
+
 def valid_poses(world_to_camera: np.ndarray) -> Float[np.ndarray, "B F 4 4"]:
     """Poses as float64. Raises `UserError` unless all are rigid."""
     check_rigid(poses := world_to_camera.astype(np.float64))
@@ -91,6 +103,20 @@ def poses_after(
         problem = f"{posed.shape[1]} for {actions.shape[1]} actions"
         raise UserError("world_to_camera", problem, "Give one each")
     return posed
+
+
+def conditions_after(
+    before: Conditions, actions: Float[np.ndarray, "B F A"], given: np.ndarray | None
+) -> Conditions:
+    """What steers the latents of these actions behind `before`; poses as `poses_after`.
+
+    Raises:
+        UserError: as `poses_after`.
+    """
+    last = before.world_to_camera[:, -1, -1].cpu().numpy()
+    posed = torch.from_numpy(poses_after(last, actions, given))
+    lens = before.lens[:, -1:].cpu().expand(-1, actions.shape[1], -1)
+    return conditions_of_frames(torch.from_numpy(actions), posed, lens, len(before.time))
 
 
 def check_settings(

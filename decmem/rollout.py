@@ -27,11 +27,12 @@ from decmem.observation import (
     check_frames,
     check_settings,
     checked_seeds,
+    conditions_after,
     per_world,
-    poses_after,
     slices_of,
     valid_actions,
     valid_poses,
+    whole_latents,
 )
 from decmem.presets import preset
 from decmem.sampler import Running, Sampler
@@ -202,7 +203,7 @@ class Session:
         lenses = per_world(intrinsics, 3, "intrinsics", self.batch)
         check_frames(shown, self.config.size, self.length == 0)
         check_counts(shown, actions=acted, world_to_camera=posed, intrinsics=lenses)
-        acted, posed = valid_actions(acted), valid_poses(posed)
+        acted, posed = map(torch.from_numpy, (valid_actions(acted), valid_poses(posed)))
         started = time.perf_counter()
         # Whole latents were seen so far, so nothing of the encoder's is pending.
         if latents is None:
@@ -211,7 +212,7 @@ class Session:
         self._clock("encode", started)
         started = time.perf_counter()
         lens = normalised_lens(torch.from_numpy(lenses), self.config.size)
-        conditions = self._conditions(acted, posed, lens)
+        conditions = conditions_of_frames(acted, posed, lens, self.length).to(self.device)
         self.history.write(self.sampler, latents, conditions)
         self._clock("prefill", started)
 
@@ -246,20 +247,11 @@ class Session:
         Raises:
             UserError: before any observation, or for counts and values that do not fit.
         """
+        conditions = self.prepare(actions, world_to_camera)
         bank = self.history.bank
-        if bank is None or self.conditions is None:
-            raise UserError("step", "nothing was observed yet", "Call observe first")
-        self._check_settings()
-        acted = valid_actions(per_world(actions, 2, "actions", self.batch))
-        F = acted.shape[1]
-        if F == 0 or F % FRAMES_PER_LATENT:
-            raise UserError("actions", f"{F} actions, expected a multiple of 4", "Pad with no-ops")
-        last = self.conditions.world_to_camera[:, -1, -1].cpu().numpy()
-        posed = poses_after(last, acted, world_to_camera)
-        lens = self.conditions.lens[:, -1:].cpu().expand(-1, F, -1)
-        conditions = self._conditions(acted, posed, lens)
+        assert bank is not None
         made = []
-        for chunk in slices_of(F // FRAMES_PER_LATENT, self.config.chunk_sizes, self.chunk):
+        for chunk in slices_of(len(conditions.time), self.config.chunk_sizes, self.chunk):
             started = time.perf_counter()
             steering = conditions[chunk]
             noise = self.sampler.noise(self.seeds, steering.time.tolist())
@@ -276,6 +268,18 @@ class Session:
         frames = torch.cat([finished().cpu() for finished in made], dim=1).numpy()
         self._clock("decode", started)
         return frames[0] if np.ndim(actions) == 2 else frames
+
+    def prepare(
+        self,
+        actions: Float[np.ndarray, "*batch F A"],
+        world_to_camera: Float[np.ndarray, "*batch F 4 4"] | None = None,
+    ) -> Conditions:
+        """What steers the latents that `step` would generate; raises what it would."""
+        if self.history.bank is None or self.conditions is None:
+            raise UserError("step", "nothing was observed yet", "Call observe first")
+        self._check_settings()
+        acted = whole_latents(per_world(actions, 2, "actions", self.batch))
+        return conditions_after(self.conditions, acted, world_to_camera).to(self.device)
 
     def codec_roundtrip(
         self, frames: UInt8[np.ndarray, "*batch F H W 3"]
@@ -387,10 +391,6 @@ class Session:
         check_settings(
             self.config.chunk_sizes, self.chunk, self.steps, self.retrieved, self.guidance
         )
-
-    def _conditions(self, actions: np.ndarray, poses: np.ndarray, lens: Tensor) -> Conditions:
-        acted, posed = torch.from_numpy(actions), torch.from_numpy(poses)
-        return conditions_of_frames(acted, posed, lens, self.length).to(self.device)
 
     def _clock(self, name: str, started: float) -> None:
         if self.device.type == "cuda":

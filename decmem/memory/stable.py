@@ -41,7 +41,7 @@ class Stable:
         """
         room = latents + self.passing
         first = 0
-        for taken in sorted(self._stalls.values(), key=lambda slots: slots.start):
+        for taken in self._taken():
             if taken.start - first >= room:
                 break
             first = taken.stop
@@ -54,6 +54,32 @@ class Stable:
         bank = self.whole.run(first, room, latents, anchor)
         self._stalls[bank] = range(first, first + room)
         return bank
+
+    def take_in(self, bank: Bank, latents: int) -> Bank:
+        """What a bank holds in a stall of so many latents: a world moves in with its history. It
+        may outgrow the stall, and then has a bank of its own again.
+
+        Raises:
+            UserError: as `new_bank`.
+        """
+        stalled = self.new_bank(bank.anchor, latents)
+        for old, new in zip(bank.layers, stalled.layers, strict=True):
+            for (name, stored), (_, place) in zip(old.arenas(), new.arenas(), strict=True):
+                kept = bank.length * (bank.layout.M if name == "pooled" else 1)
+                place[:, :, :kept] = stored[:, :, :kept]
+            new.limit = old.limit
+        stalled.commit(bank.world_to_camera, bank.lens, bank.time)
+        return stalled
+
+    @property
+    def empty(self) -> bool:
+        """Whether all stalls are free."""
+        return not self._taken()
+
+    def _taken(self) -> list[range]:
+        """Stalls that are not free, in their order."""
+        found = [self.stall(bank) for bank in list(self._stalls)]
+        return sorted((slots for slots in found if slots), key=lambda slots: slots.start)
 
     def stall(self, bank: Bank) -> range | None:
         """The slots of a bank; None for one that is not from here (a fork is not), or has outgrown

@@ -45,6 +45,7 @@ class Bounds:
         send_seconds: a client that takes in nothing for so long is let go.
         files: files to take home that are kept per session. branches: of one world.
         steps, guidance: the most that may be asked for.
+        together: latents up to which a world is dreamt along with others on a GPU; 0: never.
         latents, bank_bytes: length and size of its bank at which a world stops.
     """
 
@@ -68,6 +69,7 @@ class Bounds:
     branches: int = 12
     steps: int = 50
     guidance: float = 20.0
+    together: int = 1024
     latents: int = 4000
     bank_bytes: int = 4 * 2**30
 

@@ -18,7 +18,7 @@ from decmem.errors import UserError
 from decmem.play.branches import Branches
 from decmem.play.chunk_message import Parts, shown
 from decmem.play.defaults import FRAMES_PER_LATENT
-from decmem.play.journey import Chunk, Journey, Progress
+from decmem.play.journey import Journey, Progress
 from decmem.play.jpeg import thumbnail
 from decmem.play.line import Line
 from decmem.play.opening import beginning
@@ -207,7 +207,7 @@ class Guest:
         # Paced to the world's rate; a late chunk does not make the next ones hurry.
         behind = now - self._next_start
         self._next_start = (self._next_start if behind < span else now) + span
-        made: Chunk = await self.studio.work(journey.go, actions)
+        made = await self.studio.go(journey, actions)
         self.chunks += 1
         header, parts = await asyncio.to_thread(
             shown, made, self.settings.layer, journey.session.config.layout.M

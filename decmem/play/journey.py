@@ -5,8 +5,8 @@ Everything here is model work: it runs in the worker thread, one piece at a time
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -48,6 +48,23 @@ class Chunk:
     lens: Lens | None
     times: dict[str, float]
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Outing:
+    """A chunk that was set out for: where the player went at that time, and its truth to come."""
+
+    actions: Float32[np.ndarray, "F A"]
+    started: float
+    poses: Float64[np.ndarray, "F 4 4"] | None = None
+    rendering: "Future[tuple[UInt8[np.ndarray, 'F H W 3'], float]] | None" = None
+
+
+def with_truth(chunk: Chunk, outing: Outing) -> Chunk:
+    """The chunk once its truth is rendered."""
+    truth, spent = outing.rendering.result() if outing.rendering else (None, 0.0)
+    times = chunk.times | {"truth": spent, "total": time.perf_counter() - outing.started}
+    return replace(chunk, truth=truth, times=times)
 
 
 class Journey:
@@ -136,42 +153,57 @@ class Journey:
         Raises:
             UserError: as `Session.step` does.
         """
-        started = time.perf_counter()
-        session, before = self.session, dict(self.session.timings)
-        first_frame = session.frames + 1
-        rendering = None
+        outing = self.set_out(actions, beside)
+        before = dict(self.session.timings)
+        try:
+            dream = self.session.step(actions, outing.poses)
+        except BaseException:
+            self.turn_back()
+            raise
+        names = {"generate": "rollout", "decode": "decode"}
+        spent = {name: self.session.timings[at] - before[at] for name, at in names.items()}
+        return with_truth(self.come_home(outing, dream, spent), outing)
+
+    def set_out(self, actions: Float32[np.ndarray, "F A"], beside: bool = True) -> Outing:
+        """The player goes ahead, and its truth is rendered `beside` where there is one. Then
+        somebody dreams: `come_home` with the frames, or `turn_back`."""
+        outing = Outing(actions, time.perf_counter())
         if self.truth is None:
-            dream = session.step(actions)
-        else:
-            poses = self.truth.advance(actions)
-            try:
-                rendering = self._beside.submit(_timed, self.truth, poses) if beside else None
-                dream = session.step(actions, poses)
-            except BaseException:
-                self.truth.rewind(session.frames)
-                raise
-        conditions = session.conditions
-        assert conditions is not None
+            return outing
+        poses = self.truth.advance(actions)
+        try:
+            rendering = self._beside.submit(_timed, self.truth, poses) if beside else None
+        except BaseException:
+            self.turn_back()
+            raise
+        return replace(outing, poses=poses, rendering=rendering)
+
+    def turn_back(self) -> None:
+        """Nothing was dreamed of what was set out for."""
+        if self.truth is not None:
+            self.truth.rewind(self.session.frames)
+
+    def come_home(
+        self,
+        outing: Outing,
+        dream: UInt8[np.ndarray, "F H W 3"],
+        spent: dict[str, float],
+    ) -> Chunk:
+        """What was dreamed, and the seconds of generate and decode. The truth is still to come
+        (`with_truth`)."""
+        session, T = self.session, len(outing.actions) // FRAMES_PER_LATENT
         bank = session.history.bank
+        assert session.conditions is not None
         assert bank is not None
-        T = len(actions) // FRAMES_PER_LATENT
-        shown = conditions.world_to_camera[0, -T:].flatten(0, 1).cpu().numpy()
-        truth, spent = rendering.result() if rendering else (None, 0.0)
-        times = {
-            "generate": session.timings["rollout"] - before["rollout"],
-            "decode": session.timings["decode"] - before["decode"],
-            "truth": spent,
-            "total": time.perf_counter() - started,
-        }
         return Chunk(
             dream,
-            truth,
-            actions,
-            shown,
-            first_frame,
+            None,
+            outing.actions,
+            session.conditions.world_to_camera[0, -T:].flatten(0, 1).cpu().numpy(),
+            session.frames - len(outing.actions) + 1,
             session.length,
             session.seen,
-            times,
+            spent,
             bank.allocated_bytes,
         )
 

@@ -17,6 +17,7 @@ from decmem.play.line import Line
 from decmem.play.parcels import Parcels
 from decmem.play.protocol import check_version
 from decmem.play.studio import Studio
+from decmem.play.troupe import Troupe
 
 _log = logging.getLogger(__name__)
 _HELLO_SECONDS = 20.0
@@ -124,13 +125,16 @@ class Lobby:
         if line is not None:
             await line.close(reason)
         self._announce()
-        await self.studio.work(_give_back)
+        await self.studio.work(_give_back, self.studio.troupe)
 
     async def holdings(self) -> dict[str, int | None]:
         """What all worlds hold now, in bytes; see `ledger`."""
         journeys = [guest.journey for guest in self.guests.values()]
         worlds = [journey.session for journey in journeys if journey is not None]
-        return await self.studio.work(ledger, worlds, self.studio.session.device)
+        device, troupe = self.studio.session.device, self.studio.troupe
+        return await self.studio.work(
+            lambda: ledger(worlds, device, None if troupe is None else troupe.stable)
+        )
 
     async def close(self) -> None:
         """Ends everything."""
@@ -159,10 +163,13 @@ class Lobby:
                         _log.exception("a world could not be let go")
 
 
-def _give_back() -> None:
+def _give_back(troupe: Troupe | None) -> None:
     """Hands freed memory back to the system: PyTorch would keep what it once took of a GPU, and
     glibc what many threads once held."""
     gc.collect()
+    if troupe is not None:
+        troupe.rest()
+        gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError, TypeError):

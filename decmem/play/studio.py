@@ -8,11 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 
 from decmem.play.defaults import PACES, Bounds, Pace
-from decmem.play.journey import Journey
+from decmem.play.journey import Chunk, Journey
 from decmem.play.steering import Steering
+from decmem.play.troupe import Troupe
 from decmem.rollout import Session
 
 Result = TypeVar("Result")
@@ -23,9 +26,11 @@ class Studio:
 
     Args:
         session: opened with the weights all worlds share. preset: its name. bounds: of the server.
+        pace: of the device. worker: the thread. together: whether worlds share passes.
 
     Model work runs in one thread, a piece of one world after a piece of another, in the order
-    they ask: the event loop never waits for it, and nobody starves.
+    they ask: the event loop never waits for it, and nobody starves. Chunks that are due at the
+    same time are dreamt `together`, on a GPU where None: elsewhere a pass gains nothing by it.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class Studio:
         bounds: Bounds,
         pace: Pace,
         worker: ThreadPoolExecutor | None = None,
+        together: bool | None = None,
     ) -> None:
         self.session = session
         self.preset = preset
@@ -43,6 +49,9 @@ class Studio:
         # The start every new guest is given: the fields of a `start`, or a file of the server's.
         self.opening: dict[str, Any] | None = None
         self.worker = worker or ThreadPoolExecutor(1, "model")
+        if together is None:
+            together = session.device.type == "cuda" and bounds.together > 0
+        self.troupe = Troupe(bounds) if together else None
 
     @classmethod
     def open(
@@ -89,6 +98,12 @@ class Studio:
         """Runs model work in its thread."""
         return await asyncio.get_running_loop().run_in_executor(self.worker, piece, *given)
 
+    async def go(self, journey: Journey, actions: Float32[np.ndarray, "F A"]) -> Chunk:
+        """The next chunk of a world."""
+        if self.troupe is None:
+            return await self.work(journey.go, actions)
+        return await asyncio.wrap_future(self.troupe.ask(journey, actions, self.worker))
+
     async def advance(self, pieces: Iterator[Result]) -> Result | None:
         """The next piece of longer work; None when it is done."""
         return await self.work(next, pieces, None)
@@ -130,4 +145,6 @@ class Studio:
 
     def close(self) -> None:
         """Ends the worker."""
+        if self.troupe is not None:
+            self.troupe.close()
         self.worker.shutdown(wait=False, cancel_futures=True)

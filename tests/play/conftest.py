@@ -23,6 +23,7 @@ from decmem.play.server import build_app, configure
 from decmem.play.studio import Studio
 from decmem.presets import TINY
 from decmem.rollout import Session
+from decmem.sampler import Running
 
 
 @pytest.fixture(scope="session")
@@ -173,9 +174,10 @@ def live(session: Callable[..., Session]) -> Iterator[Callable[..., Live]]:
     """Starts servers whose worlds remember five frames; settings are those of `Bounds`."""
     running: list[Live] = []
 
-    def made(allowed: tuple[str, ...] = (), **bounds) -> Live:
+    def made(allowed: tuple[str, ...] = (), together: bool | None = None, **bounds) -> Live:
         limits = Bounds(**{"memory_frames": 5} | bounds)
-        studio = Studio(session(), "tiny", limits, PACES["cpu"])
+        walker = session(running=Running(graphs="eager" if together else "auto"))
+        studio = Studio(walker, "tiny", limits, PACES["cpu"], together=together)
         running.append(Live(studio, allowed))
         return running[-1]
 

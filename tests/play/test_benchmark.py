@@ -22,12 +22,16 @@ def figures() -> ModuleType:
     return module
 
 
-def memory(worlds: int, bank: int, resident: int, gpu: int | None = None) -> dict[str, Any]:
+def memory(
+    worlds: int, bank: int, resident: int, gpu: int | None = None, vacant: int = 0
+) -> dict[str, Any]:
     return {
         "worlds": worlds,
         "latents": 100 * worlds,
         "stated_bytes": bank,
         "arena_bytes": bank,
+        "stable_bytes": vacant,
+        "vacant_bytes": vacant,
         "written_bytes": bank // 2,
         "past_bytes": bank // 8,
         "resident_bytes": resident,
@@ -105,6 +109,7 @@ def test_a_session_takes_what_the_idle_server_did_not_hold(figures: ModuleType) 
         ({}, set()),
         ({"told": 7 * MEBI}, {"held_is_exactly_stated"}),
         ({"left": 1}, {"nothing_stays_of_closed_worlds"}),
+        ({"vacant": 1}, {"nothing_stays_of_closed_worlds"}),
         ({"after": 106 * MEBI}, {"memory_returns_within_5_percent"}),
         ({"after": 94 * MEBI}, {"memory_returns_within_5_percent"}),
         ({"gpu": 106}, {"memory_returns_within_5_percent"}),
@@ -118,7 +123,11 @@ def test_the_verdict_names_what_was_broken(
     idle = memory(0, 0, 100 * MEBI, 100)
     samples = [memory(8, x * MEBI, (100 + x) * MEBI, 100 + x) for x in (4, 8)]
     after = memory(
-        change.get("left", 0), 0, change.get("after", 104 * MEBI), change.get("gpu", 100)
+        change.get("left", 0),
+        0,
+        change.get("after", 104 * MEBI),
+        change.get("gpu", 100),
+        change.get("vacant", 0),
     )
     told, lost = change.get("told", 8 * MEBI), change.get("lost", [])
     found = figures.verdict(idle, samples, told, after, lost)
@@ -138,7 +147,7 @@ def test_growth_that_no_world_accounts_for_is_told(figures: ModuleType) -> None:
     assert found["resident_beyond_worlds"] == 1000 - 500
     assert "gpu_beyond_worlds_since_idle" not in found
     # On a GPU the worlds are there, and reserved as a whole.
-    there = [memory(8, 800, 1000, 600 + 800), memory(8, 1600, 2000, 600 + 1600)]
+    there = [memory(8, 800, 1000, 600 + 800), memory(8, 1600, 2000, 700 + 1600, vacant=100)]
     found = figures.growth(there, memory(0, 0, 50, 500))
     assert found["resident_beyond_worlds"] == 1000
     assert found["gpu_beyond_worlds_since_idle"] == 600 + 1600 - 500 - 1600 - 200
