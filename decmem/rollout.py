@@ -272,7 +272,7 @@ class Session:
     def prepare(
         self,
         actions: Float[np.ndarray, "*batch F A"],
-        world_to_camera: Float[np.ndarray, "*batch F 4 4"] | None = None,
+        world_to_camera: Float[np.ndarray, "*batch poses 4 4"] | None = None,
     ) -> Conditions:
         """What steers the latents that `step` would generate; raises what it would."""
         if self.history.bank is None or self.conditions is None:
