@@ -94,7 +94,8 @@ class RolloutBench:
         steps = self.steps or self.experiment.sampler.steps
         branches = 1 if self.guidance is None else 2
         room = history + branches * self.latents
-        recall, run = Recall(), dataclasses.replace(self.running, room=room)
+        recall = Recall(retrieved=self.experiment.sampler.retrieved)
+        run = dataclasses.replace(self.running, room=room)
         if random:
             # Both branches draw their own, and every step selects before it is given them.
             run = dataclasses.replace(run, retrieve_until=None, share_lists=False)
@@ -102,9 +103,9 @@ class RolloutBench:
             drawn = RandomLists(
                 blocks=history * model.layout.M,
                 calls=config.layers,
-                count=config.reading.retrieved,
+                count=recall.retrieved or config.reading.retrieved,
             )
-            recall = Recall(kept=drawn)
+            recall = dataclasses.replace(recall, kept=drawn)
         times = flow.sampling_times(self.experiment.flow, steps)
         return Sampler(model, times, self.guidance, self.dtype, recall, run)
 

@@ -11,20 +11,23 @@ class Pace:
 
     Args:
         steps: denoising steps a chunk. chunk: latents a chunk.
+        retrieved: at most so many blocks read where the preset reads more than it was trained with;
+            None sets no limit.
         supersample: rays per pixel side of the truth beside the dream.
         threads: of the truth's renderer.
     """
 
     steps: int
     chunk: int
+    retrieved: int | None
     supersample: int
     threads: int
 
 
-# One-latent chunks answer soonest. On two cores every pass counts, and so does every ray.
+# One-latent chunks answer soonest. On two cores every pass counts, every block read, every ray.
 PACES = {
-    "cpu": Pace(steps=2, chunk=1, supersample=1, threads=1),
-    "cuda": Pace(steps=4, chunk=1, supersample=2, threads=4),
+    "cpu": Pace(steps=2, chunk=1, retrieved=16, supersample=1, threads=1),
+    "cuda": Pace(steps=4, chunk=1, retrieved=None, supersample=2, threads=4),
 }
 
 

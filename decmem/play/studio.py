@@ -73,6 +73,8 @@ class Studio:
         pace = PACES["cuda" if session.device.type == "cuda" else "cpu"]
         session.deferred = True
         session.steps = pace.steps if steps is None else steps
+        if pace.retrieved is not None and session.retrieved is not None:
+            session.retrieved = min(pace.retrieved, session.retrieved)
         sizes = session.config.chunk_sizes
         session.chunk = pace.chunk if pace.chunk in sizes else min(sizes)
         _ = session.sampler  # the steps are checked here
