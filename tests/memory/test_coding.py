@@ -14,8 +14,8 @@ from decmem.ops.norm import rms_norm
 from decmem.ops.rotary import rotary_angles, rotate_pairs, rotation
 
 B, H, T = 2, 2, 3
-GRID = (2, 5)
-COORDINATES = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(5), indexing="ij"), -1)
+GRID = (2, 3)
+COORDINATES = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"), -1)
 LENS = torch.tensor([1.4, 2.1, 0.0, 0.0])
 
 POSITIONS = {
@@ -61,9 +61,9 @@ def made(walk: Callable[..., Tensor]) -> Callable[..., Pass]:
             COORDINATES.flatten(0, 1).to(device),
             GRID,
         )
-        qkv = torch.randn(B, T, 10, 3 * H * config.head_dim).to(device, dtype)
+        qkv = torch.randn(B, T, 6, 3 * H * config.head_dim).to(device, dtype)
         gains = torch.rand(2, H).to(device) + 0.5
-        estimate = torch.randn(B, T, 10, 2).to(device) * 0.5 + torch.tensor([1.5, -1.0]).to(device)
+        estimate = torch.randn(B, T, 6, 2).to(device) * 0.5 + torch.tensor([1.5, -1.0]).to(device)
         leaves = (x.requires_grad_() for x in (qkv, gains, estimate))
         return Pass(config, position, *leaves)
 
@@ -138,8 +138,8 @@ def test_decode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, D = made(config, device, dtype), config.head_dim
-    near, far = (torch.randn(B, H, T, 10, D).to(device, dtype).requires_grad_() for _ in range(2))
-    gates = torch.randn(B, T, 10, H * D if gate == "channel" else H).to(device, dtype)
+    near, far = (torch.randn(B, H, T, 6, D).to(device, dtype).requires_grad_() for _ in range(2))
+    gates = torch.randn(B, T, 6, H * D if gate == "channel" else H).to(device, dtype)
     gates.requires_grad_()
 
     def run() -> list[Tensor]:
@@ -152,8 +152,8 @@ def test_decode(
 @everywhere
 def test_heads_last_and_values_left_alone(device: str, dtype: torch.dtype) -> None:
     D = 16
-    qkv = torch.randn(B, T, 10, 3 * H * D).to(device, dtype).requires_grad_()
-    angles = rotary_angles(torch.arange(10, device=device), D, 100.0)
+    qkv = torch.randn(B, T, 6, 3 * H * D).to(device, dtype).requires_grad_()
+    angles = rotary_angles(torch.arange(6, device=device), D, 100.0)
     back = kernels.Places(space=rotation(-angles))
     groups = kernels.Groups(0, D, 0, 0)
     ours = kernels.encode_heads(qkv, None, groups, back, values=False, heads_last=True)[:3]
