@@ -63,7 +63,8 @@ class MemoryTraining:
 
     Args:
         steps: optimiser steps. batch: clips a step at the full `latents`.
-        walks: walks in the latent cache; each holds `latents` latents.
+        walks: walks in the latent cache; each holds `latents` latents. stills: how often, in 100,
+            a stretch of a walk stands still.
         short_latents, short_until: clips are this short for this first part of the training
             (with more of them a step), because revisits at small gaps teach retrieval.
         noisy_streams: noised copies of each clip that share its clean stream.
@@ -71,7 +72,9 @@ class MemoryTraining:
         decay_from: part of the training after which rates fall linearly to zero.
         history_noise: largest noise on the clean stream; history_noised: share of clips with it.
         history_dreamt: share of steps, once clips are whole, whose clean stream is the model's own
-            painting from some chunk on.
+            painting from some chunk on. history_generations: it is painted once to so many times
+            over, every time behind the painting before. history_shift: moves the times from which
+            it is painted, [0.5, 1], towards noise as in `FlowConfig`.
         drop_actions: share of clips whose actions are dropped, for guidance.
         depth_weight: weight of the true depth's likelihood under what the surface group assumes;
             0 leaves the depth to be found by its use, as on data without depth.
@@ -84,6 +87,7 @@ class MemoryTraining:
     batch: int = 6
     latents: int = 84
     walks: int = 6_144
+    stills: int = 0
     short_latents: int = 24
     short_until: float = 0.3
     noisy_streams: int = 2
@@ -94,6 +98,8 @@ class MemoryTraining:
     history_noise: float = 0.3
     history_noised: float = 0.7
     history_dreamt: float = 0.0
+    history_generations: int = 1
+    history_shift: float = 1.0
     drop_actions: float = 0.1
     depth_weight: float = 0.0
     average: float = 0.999

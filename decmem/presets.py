@@ -56,7 +56,14 @@ POCKET = Experiment(
     ),
     flow=FlowConfig(sampling_shift=16.0),
     sampler=SamplerConfig(retrieved=24),
-    memory_training=MemoryTraining(history_dreamt=0.25, depth_weight=0.05, compile=True),
+    memory_training=MemoryTraining(
+        stills=5,
+        history_dreamt=0.25,
+        history_generations=4,
+        history_shift=16.0,
+        depth_weight=0.05,
+        compile=True,
+    ),
 )
 
 PAPER = Experiment(

@@ -39,7 +39,7 @@ class LatentCache:
     Args:
         codec: frozen, on `device`. walks: how many; rank r holds walks r * walks onwards.
         latents: latents of a walk, 1 + 4 (latents - 1) frames.
-        grid: tokens down and across, where depths are wanted.
+        grid: tokens down and across, where depths are wanted. stills: as `train_walks`.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class LatentCache:
         device: torch.device,
         rank: int,
         grid: tuple[int, int] | None = None,
+        stills: int = 0,
     ) -> None:
         frames = 1 + FRAMES_PER_LATENT * (latents - 1)
         coded, cameras, actions, depths = [], [], [], []
@@ -58,7 +59,7 @@ class LatentCache:
         if grid is not None:
             shown = chain((0,), range(1 + REFERENCE_FRAME, frames, FRAMES_PER_LATENT))
             probe = Probe((grid[0] * _RAYS, grid[1] * _RAYS), tuple(shown))
-        for batch in rendered_walks(rank * walks, walks, frames, size, device, probe):
+        for batch in rendered_walks(rank * walks, walks, frames, size, device, probe, stills):
             for part in batch.frames.split(16):
                 coded.append(codec.encode(part).half())
             poses = torch.from_numpy(batch.world_to_camera)

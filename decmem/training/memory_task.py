@@ -132,7 +132,19 @@ class MemoryTask(Task):
         noise = device_generator(self.seed, self.rank, step, self.device)
         past = None
         if dreams:
-            past = dreamt_history(self.network, clean, conditions, chunk, noise, self.dtype)
+            # The last draw from the host: with one generation the step is what it was before.
+            most = config.history_generations
+            generations = 1 + int(torch.randint(most, (), generator=draw))
+            past = dreamt_history(
+                self.network,
+                clean,
+                conditions,
+                chunk,
+                noise,
+                self.dtype,
+                generations,
+                config.history_shift,
+            )
         losses = flow_matching_loss(
             self.network,
             self.flow_config,

@@ -114,14 +114,16 @@ def train_memory(
 
         def coded() -> LatentCache:
             return LatentCache(
-                codec, config.walks, config.latents, shape.size, place.device, place.rank, grid
-            )
+                codec, config.walks, config.latents, shape.size, place.device, place.rank, grid,
+                config.stills,
+            )  # fmt: skip
 
         pausing = options.resume or options.pause_after is not None
         kept = run / f"walks-{place.rank:03d}.safetensors"
         if pausing:
             key = {"world": WORLD_VERSION, "codec": made["codec_sha256"], "walks": config.walks}
             key |= {"latents": config.latents, "size": shape.size, "grid": grid}
+            key |= {"stills": config.stills}
             cache = kept_walks(kept, key | {"rank": place.rank}, place.device, coded)
         else:
             cache = coded()

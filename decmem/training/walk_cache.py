@@ -63,8 +63,9 @@ def rendered_walks(
     size: tuple[int, int],
     device: torch.device,
     probe: Probe | None = None,
+    stills: int = 0,
 ) -> Iterator[WalkBatch]:
-    """Training walks `first` to `first + count`, a few worlds at a time.
+    """Training walks `first` to `first + count`, a few worlds at a time; `stills` as `train_walks`.
 
     Raises:
         UserError: when the walks would reach the held-out seeds.
@@ -87,7 +88,7 @@ def rendered_walks(
         index = np.arange(start, min(start + step, first + count))
         seeds, which = np.unique(index // WALKS_PER_WORLD, return_inverse=True)
         worlds = [build_world(int(s)) for s in seeds]
-        states, actions = train_walks([worlds[w] for w in which], index.tolist(), frames)
+        states, actions = train_walks([worlds[w] for w in which], index.tolist(), frames, stills)
         return worlds, which, states, actions
 
     # Worlds and walks are made ahead, on all cores, while earlier ones are rendered.

@@ -2,7 +2,8 @@
 
 What a model learns of memory comes from the walks (a finding of the feasibility study), so this
 law undoes and redoes older stretches often, at all gaps from 12 to 230 frames; mostly *near* the
-old path, not on it, since an exact retrace can be answered by copying.
+old path, not on it, since an exact retrace can be answered by copying. Its walks hardly ever stop,
+so what stands still is mixed in where asked (`stills`).
 """
 
 from collections.abc import Sequence
@@ -10,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
+from decmem.errors import UserError
 from decmem.world.actions import A
 from decmem.world.angles import EIGHTHS
 from decmem.world.exploration import PLAN, explore
 from decmem.world.grid import World
 from decmem.world.hashing import draw, stream
-from decmem.world.motion import STATE, UNIT, Track
+from decmem.world.motion import STATE, UNIT, Track, advance
 from decmem.world.spawn import choose_spawn
 from decmem.world.tracking import (
     MIND,
@@ -38,6 +40,10 @@ _JOIN = 3 * UNIT // 2
 """An older stretch is taken up from this close, along each axis."""
 _UNDO, _REDO = 40, 22
 """How often, in 100, a stretch of the walk is one of these; else it is exploration."""
+MOST_STILLS = 100 - _UNDO - _REDO
+"""How often, in 100, a stretch may stand still at most: stills take the place of exploration."""
+_LEAST_STILL, _STILL_SPAN = 12, 169
+"""Stills last 12 to 180 frames: the long ones fill every local window several times over."""
 
 
 def _older_visit(states: np.ndarray, now: int, rng: np.ndarray) -> int | None:
@@ -73,7 +79,18 @@ def _return(
     return states[first : last + 1].copy(), mind, frames
 
 
-def _walk(cells: np.ndarray, seed: int, states: np.ndarray, actions: np.ndarray) -> None:
+def _stand(
+    cells: np.ndarray, states: np.ndarray, actions: np.ndarray, begin: int, end: int
+) -> None:
+    """Fill rows begin..end-1 with doing nothing; one in the air falls first."""
+    for now in range(begin, end):
+        actions[now] = 0
+        advance(cells, states[now - 1], actions[now], states[now])
+
+
+def _walk(
+    cells: np.ndarray, seed: int, stills: int, states: np.ndarray, actions: np.ndarray
+) -> None:
     """Fill states (F, 8) after the first and actions (F, 6), in whole steps, of one walk."""
     rng = np.array([stream(seed, _SALT)], np.uint64)
     row = 1
@@ -86,6 +103,10 @@ def _walk(cells: np.ndarray, seed: int, states: np.ndarray, actions: np.ndarray)
             path, mind, frames = _return(states, row - 1, choice >= _UNDO, rng)
             end = min(row + frames, len(states))
             row = follow(cells, path, mind, STOP, _LOST, states, actions, row, end)
+        elif choice >= 100 - stills:
+            end = min(row + _LEAST_STILL + draw(rng, _STILL_SPAN), len(states))
+            _stand(cells, states, actions, row, end)
+            row = end
         else:
             end = min(row + 16 + draw(rng, 34), len(states))
             explore(cells, np.zeros(PLAN, np.int64), rng, states, actions, row, end)
@@ -93,19 +114,25 @@ def _walk(cells: np.ndarray, seed: int, states: np.ndarray, actions: np.ndarray)
 
 
 def train_walks(
-    worlds: World | Sequence[World], seeds: Sequence[int], frames: int
+    worlds: World | Sequence[World], seeds: Sequence[int], frames: int, stills: int = 0
 ) -> tuple[Int64[np.ndarray, "walks F 8"], Int64[np.ndarray, "walks F A"]]:
     """Training walks, one per seed: player states and actions in whole steps (`Track`,
     `action_values` give poses and float actions).
 
-    worlds: one for all, or one per seed. A walk depends on its world and seed alone.
+    worlds: one for all, or one per seed. A walk depends on its world, its seed and `stills` alone.
+    stills: how often, in 100, a stretch of a walk stands still, up to `MOST_STILLS`; without them
+    walks are those of kind ``train``. Raises `UserError` for a share out of reach.
     """
+    if not 0 <= stills <= MOST_STILLS:
+        raise UserError(
+            "stills", f"{stills} of 100 stretches", f"give 0 to {MOST_STILLS}: others are returns"
+        )
     several = [worlds] * len(seeds) if isinstance(worlds, World) else worlds
     states = np.zeros((len(seeds), frames, STATE), np.int64)
     actions = np.zeros((len(seeds), frames, A), np.int64)
     for number, (world, seed) in enumerate(zip(several, seeds, strict=True)):
         states[number, 0] = choose_spawn(world, seed)
-        _walk(world.cells, seed, states[number], actions[number])
+        _walk(world.cells, seed, stills, states[number], actions[number])
     return states, actions
 
 

@@ -1,6 +1,7 @@
 """What the tests of training share: the smallest codec and model, and walks to train them on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,8 @@ def clips() -> list[WalkBatch]:
 def task(
     cache: LatentCache, clips: list[WalkBatch], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], Task]:
-    """Makes fresh tasks, always from the same weights: line, codec or memory."""
+    """Makes fresh tasks, always from the same weights: line, codec, memory, or memory behind pasts
+    of several generations."""
     monkeypatch.setattr(codec_task, "rendered_walks", lambda *asked: clips)
 
     def made(kind: str) -> Task:
@@ -126,7 +128,10 @@ def task(
             )
         model = WorldModel(MODEL)
         initialise(model)
-        return MemoryTask(model, cache, MEMORY_TRAINING, FlowConfig(), seed=0, rank=0)
+        how = MEMORY_TRAINING
+        if kind == "dreaming memory":
+            how = replace(how, short_until=0.0, history_dreamt=0.7, history_generations=3)
+        return MemoryTask(model, cache, how, FlowConfig(), seed=0, rank=0)
 
     return made
 
@@ -137,7 +142,7 @@ def trainer(task: Callable[[str], Task]) -> Callable[..., Trainer]:
 
     def made(kind: str, run: Path, budget: Budget, config: dict | None = None) -> Trainer:
         learnt = task(kind)
-        optimisers = Optimisers(learnt.network, 1e-2, 0.02 if kind == "memory" else None)
+        optimisers = Optimisers(learnt.network, 1e-2, 0.02 if "memory" in kind else None)
         average = WeightAverage(learnt.network, 0.9)
         place = Place(0, 1, CPU)
         return Trainer(

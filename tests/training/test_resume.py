@@ -29,7 +29,7 @@ def stored(run: Path) -> dict[str, bytes]:
     return {name: (newest / f"{name}.safetensors").read_bytes() for name in ("model", "state")}
 
 
-@pytest.mark.parametrize("kind", ["codec", "memory"])
+@pytest.mark.parametrize("kind", ["codec", "memory", "dreaming memory"])
 def test_pausing_after_every_step_changes_nothing(kind: str, trainer: Made, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert trainer(kind, whole, BUDGET).run()

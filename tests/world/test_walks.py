@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from decmem.errors import UserError
-from decmem.world.actions import validate_actions
+from decmem.world.actions import action_values, validate_actions
 from decmem.world.camera import centres, intrinsics
 from decmem.world.generation import build_world
 from decmem.world.grid import World
@@ -14,7 +14,7 @@ from decmem.world.kinematics import check_rigid
 from decmem.world.motion import PlayerState, simulate, state_cameras
 from decmem.world.probe import PROBE_SIZE, probe_depth
 from decmem.world.retrace import BANK, DISTINCT, GAP, SEEN, distinct_from
-from decmem.world.training_walk import train_walks
+from decmem.world.training_walk import MOST_STILLS, train_walks
 from decmem.world.version import HELD_OUT_SEED_BASE
 from decmem.world.visibility import seen_fraction
 from decmem.world.walks import WALK_KINDS, WalkKind, make_walk
@@ -115,6 +115,42 @@ def test_training_walks_revisit_often_and_never_stop() -> None:
         speeds.append(np.linalg.norm(np.diff(eyes, axis=0), axis=1).mean())
     assert np.mean(shares) > 0.35
     assert min(speeds) > 0.05
+
+
+def test_training_walks_stand_still_where_asked() -> None:
+    worlds = [build_world(seed) for seed in range(6)]
+    seeds, frames = list(range(6)), 300
+    plain, _ = train_walks(worlds, seeds, frames)
+    same, _ = train_walks(worlds, seeds, frames, stills=0)
+    np.testing.assert_array_equal(same, plain)
+    states, actions = train_walks(worlds, seeds, frames, stills=12)
+    again, _ = train_walks(worlds[2], [2], frames, stills=12)
+    np.testing.assert_array_equal(again[0], states[2])
+    for world, walked, given in zip(worlds, states, actions, strict=True):
+        values = action_values(given)
+        lived = simulate(world, PlayerState(*walked[0].tolist()), values)
+        np.testing.assert_array_equal(lived.states, walked)
+
+    def still(states: np.ndarray) -> np.ndarray:
+        poses = state_cameras(states)
+        return (poses[:, 1:] == poses[:, :-1]).all((2, 3))
+
+    assert still(plain).mean() < 0.02, "without them a walk hardly ever stops"
+    assert 0.1 < still(states).mean() < 0.6
+    longest = max(len(run) for row in still(states) for run in _runs(row))
+    assert longest > 60
+
+
+def _runs(row: np.ndarray) -> list[np.ndarray]:
+    """Stretches of a row that are true."""
+    parts = np.split(row, np.flatnonzero(np.diff(row)) + 1)
+    return [part for part in parts if part[0]]
+
+
+@pytest.mark.parametrize("stills", [-1, MOST_STILLS + 1])
+def test_more_stills_than_explorations_are_refused(world: World, stills: int) -> None:
+    with pytest.raises(UserError, match="stills"):
+        train_walks(world, [1], 30, stills)
 
 
 def test_a_training_walk_does_not_depend_on_its_company() -> None:
