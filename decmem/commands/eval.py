@@ -15,7 +15,9 @@ class Evaluate:
     """Measure how well the model remembers, on worlds it never trained on.
 
     Every world is seen for 221 frames and dreamt on from there; the paper's windows (frames 222-229
-    and 334-341) are compared with the rendered truth. Beside the model stand the same weights
+    and 334-341) are compared with the rendered truth. Where the camera then stands still for 30 s
+    (still), so are frames 222-229, 270-277, 370-377 and 514-521: how far the dream drifts from what
+    it shows all the time. Beside the model stand the same weights
     without global memory or with another world's, copies of remembered frames, the memory warped
     by the true depth, and the codec alone.
 
@@ -46,14 +48,21 @@ class Evaluate:
     seed_base: int = 10_000_000
     """The first seed. Those below 10000000 are trained on, and refused."""
 
-    walks: tuple[Literal["retrace", "free"], ...] = ("retrace", "free")
-    """retrace returns to seen places; free explores, and is split by what the memory shows."""
+    walks: tuple[Literal["retrace", "free", "still"], ...] = ("retrace", "free")
+    """retrace returns to seen places; free explores, and is split by what the memory shows; still
+    explores first and then stands where it is."""
 
     long: bool = False
-    """Dream on to frame 805 and measure 798-805 too: five times the time."""
+    """Dream on to frame 805 and measure 798-805 too: five times the time. Still walks stay."""
 
     steps: int = 4
     """Denoising steps for every chunk of frames."""
+
+    chunk: int | None = None
+    """Latents (of 4 frames) dreamt at a time: 1, as play does it, 2, or by default 4."""
+
+    retrieved: int | None = None
+    """Blocks read from the memory; by default what the preset reads."""
 
     gemm: Literal["auto", "fp8"] = "auto"
     """Of the blocks' matrix products: fp8 rounds weights and activations to 8 bits, row by row."""
@@ -69,7 +78,13 @@ class Evaluate:
 
     def run(self) -> None:
         """Roll out what is missing, and write the tables after every batch of worlds."""
-        from decmem.evaluation.protocol import LONG_WINDOW, WINDOWS, Protocol, held_out_seeds
+        from decmem.evaluation.protocol import (
+            LONG_WINDOW,
+            STILL_WINDOWS,
+            WINDOWS,
+            Protocol,
+            held_out_seeds,
+        )
         from decmem.evaluation.record import write_results
         from decmem.evaluation.runner import Runner
         from decmem.experiment import shipped_weights, weights_sha256
@@ -85,10 +100,10 @@ class Evaluate:
         seeds = held_out_seeds(self.seed_base, self.episodes)
         walks = tuple(dict.fromkeys(self.walks))
         if not walks:
-            raise UserError("--walks", "none given", "give retrace, free or both")
+            raise UserError("--walks", "none given", "give retrace, free or still")
         if self.steps < 1:
             raise UserError("--steps", f"{self.steps}, expected at least 1", "4 is the default")
-        protocol = Protocol(seeds, walks, windows)
+        protocol = Protocol(seeds, walks, windows, still_windows=STILL_WINDOWS)
 
         def opened(weights: Path | None) -> Session:
             # Many worlds at once keep a GPU busy without graphs.
@@ -98,6 +113,8 @@ class Evaluate:
                 self.codec_weights,
                 device=self.device,
                 steps=self.steps,
+                chunk=self.chunk,
+                retrieved=self.retrieved,
                 running=Running(graphs="off"),
                 gemm_dtype=FP8 if self.gemm == "fp8" else None,
             )
@@ -112,7 +129,9 @@ class Evaluate:
         device = "cuda" if session.device.type == "cuda" else "cpu"
 
         def render(seed: int, walk: WalkKind) -> Episode:
-            return render_episode(seed, walk, protocol.frames, size, device=device, threads=1)
+            return render_episode(
+                seed, walk, protocol.frames_of(walk), size, device=device, threads=1
+            )
 
         header = {
             "suite": self.suite,
@@ -128,6 +147,9 @@ class Evaluate:
             "window_weights_sha256": window_session.weights_sha256 if window_session else None,
             "device": device,
         }
+        for name, value in (("chunk", self.chunk), ("retrieved", self.retrieved)):
+            if value is not None:
+                header[name] = value
         if self.gemm != "auto":
             header["gemm"] = self.gemm
         runner = Runner(

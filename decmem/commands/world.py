@@ -9,7 +9,7 @@ from decmem.commands.progress import busy
 from decmem.storage import atomic_folder, require_free_space
 
 # The same names as `decmem.world.walks.WalkKind`, which would load numba; a test compares them.
-Walk = Literal["free", "there_and_back", "loop", "pan", "retrace", "train"]
+Walk = Literal["free", "there_and_back", "loop", "pan", "retrace", "train", "still"]
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def write_results(
         **header,
         "conventions": CONVENTIONS,
         "bank_frames": protocol.bank,
-        "windows": [window.name for window in protocol.windows],
+        "windows": list(protocol.window_names),
         "seeds": list(protocol.seeds),
         "episodes": done,
         "complete": len(episodes) == len(protocol.seeds) * len(protocol.walks),

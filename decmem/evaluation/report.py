@@ -26,6 +26,7 @@ CONVENTIONS: dict[str, Any] = {
     "poses": "those of the truth are given for generated frames",
     "free_seen": "windows of free walks with at least 80 % of their pixels seen in the bank",
     "free_novel": "windows of free walks with at most 20 % of their pixels seen in the bank",
+    "still": "a free walk that stands still from the end of the bank on, for 30 s",
     "shuffled_memory": "the history of the next world of the batch, the own local window kept",
 }
 
@@ -69,7 +70,7 @@ def tabulate(protocol: Protocol, episodes: Sequence[EpisodeScore]) -> list[dict[
     rows = []
     for walk in protocol.walks:
         for group in groups_of(walk):
-            for window in (window.name for window in protocol.windows):
+            for window in (window.name for window in protocol.windows_of(walk)):
                 scores = list(_scores(episodes, walk, group, window))
                 for memory, metric in _cells():
                     values = [_value(score, memory, metric) for score in scores]
@@ -134,7 +135,6 @@ def markdown(results: Mapping[str, Any]) -> str:
         (row["memory"], row["walk"], row["window"], row["metric"]): row for row in results["rows"]
     }
     walks = list(dict.fromkeys(row["walk"] for row in results["rows"]))
-    windows = list(dict.fromkeys(row["window"] for row in results["rows"]))
     lines = [
         "# Evaluation",
         "",
@@ -147,6 +147,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         "paired difference to decoupled. A dash was not measured.",
     ]
     for walk in walks:
+        measured = (row["window"] for row in results["rows"] if row["walk"] == walk)
+        windows = list(dict.fromkeys(measured))
         lines += ["", f"## {walk}", "", *_psnr_table(cells, walk, windows)]
         lines += ["", "SSIM / sharpness (gradient energy over the truth's)", ""]
         lines += _detail_table(cells, walk, windows)

@@ -31,7 +31,8 @@ class Runner:
         protocol: worlds, walks and windows.
         session: the model that is measured.
         window_session: the model trained with a sliding window only; None leaves its row out.
-        render: gives the episode of a seed and a walk, ``protocol.frames`` long, with depth.
+        render: gives the episode of a seed and a walk, ``protocol.frames_of`` it long, with
+            depth.
         out: results go here; ``out/episodes`` keeps every finished episode.
         settings: what the figures depend on; kept episodes count only under equal settings.
         batch: worlds advanced together.
@@ -61,7 +62,7 @@ class Runner:
             for seeds in batches(self.protocol.seeds, self.batch)
             if any((walk, seed) not in scores for seed in seeds)
         ]
-        total = sum(self._work(seeds) for _, seeds in groups)
+        total = sum(self._work(walk, seeds) for walk, seeds in groups)
         done = 0
         for walk, seeds in groups:
 
@@ -71,16 +72,16 @@ class Runner:
             for score in self._score_batch(walk, seeds, report):
                 scores[walk, score.seed] = score
                 save_score(self.out, self.settings, score)
-            done += self._work(seeds)
+            done += self._work(walk, seeds)
             watch(f"{walk}: scored", done, total)
             logger.info("%d of %d episodes done", len(scores), len(wanted))
             yield [scores[key] for key in wanted if key in scores]
         if not groups:
             yield [scores[key] for key in wanted]
 
-    def _work(self, seeds: Sequence[int]) -> int:
+    def _work(self, walk: WalkKind, seeds: Sequence[int]) -> int:
         """Frames rolled out for one batch of worlds, the measure of the bar."""
-        return len(seeds) * self.protocol.dreamt * (3 + (self.window_session is not None))
+        return len(seeds) * self.protocol.dreamt_of(walk) * (3 + (self.window_session is not None))
 
     def _score_batch(
         self, walk: WalkKind, seeds: Sequence[int], report: Callable[[str, int], None]
@@ -89,7 +90,7 @@ class Runner:
         with ThreadPoolExecutor(max_workers=self.threads) as pool:
             episodes = list(pool.map(lambda seed: self.render(seed, walk), seeds))
         dreams = self._dreams(episodes, seeds, report)
-        report("yardsticks", self._work(seeds))
+        report("yardsticks", self._work(walk, seeds))
         bank = self.protocol.bank
         dreams["codec"] = np.stack(
             [
@@ -100,8 +101,9 @@ class Runner:
 
         def score(i: int) -> EpisodeScore:
             rows = {name: {0: frames[i]} for name, frames in dreams.items()}
-            yardsticks, seen = self._yardsticks(episodes[i])
-            truth, windows = episodes[i].frames[bank:], self.protocol.windows
+            windows = self.protocol.windows_of(walk)
+            yardsticks, seen = self._yardsticks(episodes[i], windows)
+            truth = episodes[i].frames[bank:]
             return score_episode(seeds[i], walk, truth, {**rows, **yardsticks}, seen, windows, bank)
 
         with ThreadPoolExecutor(max_workers=self.threads) as pool:
@@ -124,7 +126,7 @@ class Runner:
         made, latents, coder = {}, None, None
         bank = self.protocol.bank
         for number, (name, session, global_memory, foreign) in enumerate(runs):
-            before = number * len(seeds) * self.protocol.dreamt
+            before = number * len(seeds) * (len(episodes[0]) - bank)
 
             def watch(frames: int, before: int = before, name: str = name) -> None:
                 report(name, before + len(seeds) * frames)
@@ -143,7 +145,9 @@ class Runner:
             made[name] = dream(session, episodes, bank, foreign_memory=foreign, watch=watch)
         return made
 
-    def _yardsticks(self, episode: Episode) -> tuple[dict[str, Pieces], dict[str, float]]:
+    def _yardsticks(
+        self, episode: Episode, windows: Sequence[Window]
+    ) -> tuple[dict[str, Pieces], dict[str, float]]:
         """Rows that need no model, and per window the share of pixels the bank shows."""
         bank = self.protocol.bank
         shown = episode.frames[:bank]
@@ -153,9 +157,9 @@ class Runner:
             "nearest_pose": {0: nearest_pose(shown, poses[:bank], poses[bank:])},
             "oracle_warp": {},
         }
-        for window in self.protocol.windows:
+        for window in windows:
             rows["oracle_warp"][window.of_dream(bank).start] = self._warp(episode, window)
-        return rows, {window.name: self._seen(episode, window) for window in self.protocol.windows}
+        return rows, {window.name: self._seen(episode, window) for window in windows}
 
     def _warp(self, episode: Episode, window: Window) -> Frames:
         bank = slice(0, self.protocol.bank)

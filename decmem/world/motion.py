@@ -222,6 +222,17 @@ def advance(cells, before, action, after):
 
 
 @compiled
+def stand(cells, states, actions, begin, end):
+    """Fill rows begin..end-1 of states (F, 8) and actions (F, 6) with doing nothing.
+
+    One who is in the air falls first.
+    """
+    for now in range(begin, end):
+        actions[now] = 0
+        advance(cells, states[now - 1], actions[now], states[now])
+
+
+@compiled
 def run(cells, start, actions):
     """States (F, 8): the start, then one per later row of `actions` (F, 6)."""
     states = np.empty((len(actions), len(start)), np.int64)

@@ -17,7 +17,7 @@ from decmem.world.angles import EIGHTHS
 from decmem.world.exploration import PLAN, explore
 from decmem.world.grid import World
 from decmem.world.hashing import draw, stream
-from decmem.world.motion import STATE, UNIT, Track, advance
+from decmem.world.motion import STATE, UNIT, Track, stand
 from decmem.world.spawn import choose_spawn
 from decmem.world.tracking import (
     MIND,
@@ -79,15 +79,6 @@ def _return(
     return states[first : last + 1].copy(), mind, frames
 
 
-def _stand(
-    cells: np.ndarray, states: np.ndarray, actions: np.ndarray, begin: int, end: int
-) -> None:
-    """Fill rows begin..end-1 with doing nothing; one in the air falls first."""
-    for now in range(begin, end):
-        actions[now] = 0
-        advance(cells, states[now - 1], actions[now], states[now])
-
-
 def _walk(
     cells: np.ndarray, seed: int, stills: int, states: np.ndarray, actions: np.ndarray
 ) -> None:
@@ -105,7 +96,7 @@ def _walk(
             row = follow(cells, path, mind, STOP, _LOST, states, actions, row, end)
         elif choice >= 100 - stills:
             end = min(row + _LEAST_STILL + draw(rng, _STILL_SPAN), len(states))
-            _stand(cells, states, actions, row, end)
+            stand(cells, states, actions, row, end)
             row = end
         else:
             end = min(row + 16 + draw(rng, 34), len(states))

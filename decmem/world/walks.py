@@ -12,14 +12,14 @@ from decmem.world.angles import CIRCLE, COSINE, EIGHTHS, SINE, SINE_BITS
 from decmem.world.exploration import PLAN, explore
 from decmem.world.grid import World
 from decmem.world.hashing import draw, stream
-from decmem.world.motion import STATE, UNIT, WALK, PlayerState, Track, advance
+from decmem.world.motion import STATE, UNIT, WALK, PlayerState, Track, advance, stand
 from decmem.world.retrace import BANK, retrace_walk
 from decmem.world.spawn import choose_spawn
 from decmem.world.tracking import ANYWHERE, HOLD, MIND, PACE, PHASE, ROUND, follow
 from decmem.world.training_walk import train_walk
 from decmem.world.version import WORLD_VERSION
 
-WalkKind = Literal["free", "there_and_back", "loop", "pan", "retrace", "train"]
+WalkKind = Literal["free", "there_and_back", "loop", "pan", "retrace", "train", "still"]
 WALK_KINDS: tuple[WalkKind, ...] = get_args(WalkKind)
 _TURN_BACK = 20
 """Frames of the about-turn of `there_and_back`: 9 degrees each."""
@@ -107,6 +107,10 @@ def _whole_walk(
     rng = np.array([stream(seed, _SALT)], np.uint64)
     if kind == "free":
         explore(world.cells, plan, rng, states, actions, 1, frames)
+    elif kind == "still":
+        known = min(frames, BANK)
+        explore(world.cells, plan, rng, states, actions, 1, known)
+        stand(world.cells, states, actions, known, frames)
     elif kind == "pan":
         _pan(world, seed, states, actions)
     elif kind == "loop":
@@ -131,8 +135,8 @@ def make_walk(world: World, kind: WalkKind, seed: int, frames: int) -> Walk:
 
     free: exploration. there_and_back: out, about-turn, back along the same path. loop: rounds of
     at most 120 frames. pan: looking left and right from one spot. retrace: 221 frames of bank, then
-    revisits (see `decmem.world.retrace`). train: the training law. Raises `UserError` for an
-    unknown kind or too few frames.
+    revisits (see `decmem.world.retrace`). train: the training law. still: 221 frames of the free
+    walk, then nothing. Raises `UserError` for an unknown kind or too few frames.
     """
     if kind not in WALK_KINDS:
         raise UserError("walk", f"unknown walk '{kind}'", f"choose one of {', '.join(WALK_KINDS)}")

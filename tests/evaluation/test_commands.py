@@ -53,6 +53,7 @@ def test_eval_on_tiny(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(protocol, "WINDOWS", (Window(222, 229),))
+    monkeypatch.setattr(protocol, "STILL_WINDOWS", (Window(226, 233),))
     out = tmp_path / "eval"
     asked = ["--episodes", "2", "--walks", "free", "--steps", "1", "--device", "cpu"]
     command = ["eval", *weights, *asked, "--out", str(out)]
@@ -68,6 +69,19 @@ def test_eval_on_tiny(
     written = kept[0].stat().st_mtime_ns
     assert main(command) == 0  # everything is kept: nothing is rolled out again
     assert kept[0].stat().st_mtime_ns == written
+
+    asked = ["--episodes", "1", "--walks", "still", "--steps", "1", "--device", "cpu"]
+    live = ["--chunk", "1", "--retrieved", "3"]
+    assert main(["eval", *weights, *asked, *live, "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["chunk"], results["retrieved"]) == (1, 3)
+    assert {(row["walk"], row["window"]) for row in results["rows"]} == {("still", "226-233")}
+    copied = next(
+        row["value"]
+        for row in results["rows"]
+        if row["memory"] == "copy_last" and row["metric"] == "psnr_per_frame"
+    )
+    assert copied == 60, "the truth stands still: the last frame seen is every frame"
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,24 @@ def test_windows_count_from_one_and_include_both_ends() -> None:
 
 
 def test_the_paper_windows_set_the_length() -> None:
-    assert Protocol((1,)).dreamt == 120
+    assert Protocol((1,)).dreamt_of("free") == 120
     long = Protocol((1,), windows=(*WINDOWS, LONG_WINDOW))
-    assert (long.frames, long.dreamt % 4) == (805, 0)
+    assert (long.frames_of("retrace"), long.dreamt_of("retrace") % 4) == (805, 0)
     assert long.groups == ("retrace", "free_seen", "free_novel")
+
+
+def test_still_walks_have_windows_of_their_own() -> None:
+    mixed = Protocol((1,), ("still", "free"))
+    assert mixed.frames_of("still") == 221 + 300, "30 s at 10 frames a second"
+    assert mixed.frames_of("free") == 341
+    first, *later = mixed.windows_of("still")
+    assert first == mixed.windows_of("free")[0]
+    for window, seconds in zip(later, (5, 15, 30), strict=True):
+        assert window.first <= 221 + 10 * seconds <= window.last
+        assert (window.first - 222) % 4 == 0, "whole latents"
+        assert window.last - window.first == 7
+    assert mixed.groups == ("still", "free_seen", "free_novel")
+    assert mixed.window_names == ("222-229", "270-277", "370-377", "514-521", "334-341")
 
 
 def test_held_out_seeds_start_where_training_ends() -> None:
@@ -43,6 +57,7 @@ def test_held_out_seeds_start_where_training_ends() -> None:
     ("walk", "seen", "group"),
     [
         ("retrace", 0.1, "retrace"),
+        ("still", 0.1, "still"),
         ("free", 0.8, "free_seen"),
         ("free", 0.79, None),
         ("free", 0.21, None),

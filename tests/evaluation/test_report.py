@@ -140,6 +140,21 @@ def test_the_files_say_the_same(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_walk_s_table_has_its_own_windows(tmp_path: Path) -> None:
+    still = (Window(6, 7), Window(19, 20))
+    protocol = Protocol((1,), ("retrace", "still"), PROTOCOL.windows, 5, still)
+    row = score(1, "still", 20.0, 1.0).windows["6-7"]
+    curves: dict[str, list[float | None]] = {"decoupled": [20.0] * 15}
+    stood = EpisodeScore(1, "still", {"6-7": 1.0, "19-20": 1.0}, curves, {"6-7": row, "19-20": row})
+    results = record.write_results(tmp_path, protocol, [EPISODES[0], stood], HEADER)
+    assert results["windows"] == ["6-7", "9-10", "19-20"]
+    assert {r["window"] for r in results["rows"] if r["walk"] == "still"} == {"6-7", "19-20"}
+    before, after = (tmp_path / "table.md").read_text().split("## still")
+    assert "| memory | 6-7 | vs decoupled | 9-10 | vs decoupled |" in before
+    assert "| memory | 6-7 | vs decoupled | 19-20 | vs decoupled |" in after
+    assert "9-10" not in after
+
+
 def test_kept_episodes_count_only_under_equal_settings(tmp_path: Path) -> None:
     settings = {"steps": 4, "size": (16, 24)}
     for episode in EPISODES[:2]:

@@ -86,6 +86,35 @@ def test_same_worlds_in_every_row_and_memory_off_while_recording(tmp_path: Path)
     assert session.global_memory
 
 
+def test_a_walk_is_measured_in_its_own_windows(tmp_path: Path) -> None:
+    """Still walks are longer than the others here, and every row of them is drawn to their end."""
+    lengths = {"still": LENGTH, "free": 41}
+    free, still = (Window(22, 29), Window(34, 41)), (Window(22, 29), Window(46, 53), Window(54, 61))
+    protocol = Protocol((5, 6), ("free", "still"), free, BANK, still)
+    session = FakeSession({})
+
+    def render(seed: int, walk: str) -> Episode:
+        session.episodes[seed] = fake_episode(seed, lengths[walk])
+        return session.episodes[seed]
+
+    stages: list[tuple[str, int, int]] = []
+    run = runner(tmp_path, session, protocol=protocol, render=render)
+    *_, scores = run.finish(lambda *told: stages.append(told))
+    assert stages[-1][1:] == (2 * 3 * (20 + 40),) * 2
+    for score in scores:
+        windows = still if score.walk == "still" else free
+        assert list(score.windows) == [window.name for window in windows]
+        assert list(score.seen) == list(score.windows)
+        for rows in score.windows.values():
+            assert set(rows) == {"truth", *ROWS} - {"window"}
+            assert rows["decoupled"]["psnr_per_frame"] == pytest.approx(
+                psnr_of(FULL_ERROR), abs=1e-3
+            )
+        assert len(score.psnr["decoupled"]) == lengths[score.walk] - BANK
+        # The fake's camera never moves: the warp shows the mean of what the bank saw.
+        assert score.psnr["oracle_warp"][-1] is not None
+
+
 def test_a_lone_world_has_no_other_memory_to_read(tmp_path: Path) -> None:
     session = FakeSession(episodes())
     lone = Protocol((6,), ("retrace",), PROTOCOL.windows, BANK)

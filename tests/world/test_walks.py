@@ -30,6 +30,7 @@ HASHES: dict[WalkKind, str] = {
     "pan": "5a592f59e0b1315ec4dff102cad405c77870a354131507e752f6dbbc96e4129f",
     "retrace": "30600be4002eccfe12a53e7a5159b27881b0e1f65e1ac3f126cfd7fbdc01c63d",
     "train": "12f2f445cd56dbc6780faf1322a93bd477aea4dac61bb8aedc19bff80033b0ee",
+    "still": "790134402bad1abac80f2e9b910843741851e8e63aed55473f4252f1c0a71ffb",
 }
 
 
@@ -82,6 +83,18 @@ def test_a_pan_stands_and_looks_both_ways(world: World) -> None:
     yaw = (states[:, 3] - states[0, 3]) / 8
     assert yaw.max() > 40
     assert yaw.min() < -40
+
+
+def test_a_still_walk_is_a_free_one_that_stops(world: World) -> None:
+    walk, free = (make_walk(world, kind, SEED, BANK + 60) for kind in ("still", "free"))
+    np.testing.assert_array_equal(walk.track.states[:BANK], free.track.states[:BANK])
+    np.testing.assert_array_equal(walk.actions[:BANK], free.actions[:BANK])
+    assert walk.actions[1:BANK].any()
+    assert not walk.actions[BANK:].any()
+    poses = walk.track.world_to_camera[BANK - 1 :]
+    assert (poses == poses[0]).all(), "on its feet when it stopped"
+    short = make_walk(world, "still", SEED, 30)
+    np.testing.assert_array_equal(short.track.states, free.track.states[:30])
 
 
 @pytest.mark.parametrize("seed", [SEED, SEED + 1])
