@@ -3,8 +3,9 @@
 # Two GPUs of 40 GB or more for the codec, one for the rest. Seconds are of training alone; compiling
 # and rendering come on top.
 #
-# The shipped weights differ in three things: their codec was trained on blockworld/1, the first stage
-# stopped after 1,475 of its 1,600 seconds, and only the last stage met pasts that the model painted.
+# The shipped weights differ in four things: their codec was trained on blockworld/1, the first stage
+# stopped after 1,475 of its 1,600 seconds, only the last stage met pasts that the model painted, and
+# these were of one generation; walks did not stand still.
 set -e
 RUNS=${RUNS:-runs_out}
 CODEC_SECONDS=${CODEC_SECONDS:-205}
