@@ -1,5 +1,8 @@
 """Walks and latents to train on: always the same ones, never held-out ones, and coded rightly."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,13 @@ import torch
 from decmem.codec import Autoencoder
 from decmem.errors import UserError
 from decmem.model.conditioning import camera_centres, conditions_of_frames
-from decmem.training import walk_cache
+from decmem.training import latent_cache, walk_cache
 from decmem.training.latent_cache import LatentCache, log_depths
 from decmem.training.walk_cache import WALKS_PER_WORLD, WalkBatch, rendered_walks
+from decmem.world.actions import action_values
 from decmem.world.episode import Episode, render_episode
+from decmem.world.generation import build_world
+from decmem.world.training_walk import train_walks
 from decmem.world.version import HELD_OUT_SEED_BASE
 
 CPU = torch.device("cpu")
@@ -76,6 +82,28 @@ def test_held_out_worlds_are_refused(first: int, count: int) -> None:
 def test_the_last_training_world_is_not_refused() -> None:
     (batch,) = walks(HELD_WALK - 1, 1, frames=5)
     assert batch.frames.shape == (1, 5, *SIZE, 3)
+
+
+def test_walks_stand_still_where_asked() -> None:
+    frames = 150
+    (batch,) = rendered_walks(8, 2, frames, (16, 24), CPU, stills=30)
+    _, plain = train_walks(build_world(1), [8, 9], frames)
+    _, actions = train_walks(build_world(1), [8, 9], frames, stills=30)
+    np.testing.assert_array_equal(batch.actions, action_values(actions))
+    assert not np.array_equal(plain, actions)
+
+
+def test_a_cache_asks_for_its_stills(codec: Autoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def spied(*given: Any) -> Iterator[WalkBatch]:
+        asked.append(given[6])
+        return rendered_walks(*given)
+
+    monkeypatch.setattr(latent_cache, "rendered_walks", spied)
+    LatentCache(codec, 1, 2, SIZE, CPU, rank=0, stills=7)
+    LatentCache(codec, 1, 2, SIZE, CPU, rank=0)
+    assert asked == [7, 0]
 
 
 @pytest.fixture(scope="module")
