@@ -58,7 +58,7 @@ POCKET = Experiment(
     sampler=SamplerConfig(retrieved=24),
     memory_training=MemoryTraining(
         stills=5,
-        history_dreamt=0.25,
+        history_dreamt=0.4,
         history_generations=4,
         history_shift=16.0,
         depth_weight=0.05,
