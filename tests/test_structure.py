@@ -16,7 +16,7 @@ PACKAGE = ROOT / "decmem"
 # a line here share a level, and do not know each other.
 LEVELS = [
     ["errors"],
-    ["storage", "machine", "heap"],
+    ["storage", "machine", "heap", "distributed"],
     ["flow", "ops", "world", "shards"],
     ["memory", "codec", "data"],
     ["model"],
