@@ -20,7 +20,7 @@ LEVELS = [
     ["flow", "ops", "world", "shards"],
     ["memory", "codec", "data"],
     ["model"],
-    ["engine", "saved_world", "observation"],
+    ["engine", "guidance_pair", "saved_world", "observation"],
     ["sampler"],
     ["history"],
     ["experiment"],
