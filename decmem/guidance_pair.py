@@ -65,8 +65,8 @@ class GuidancePair:
 
         return exchanged
 
-    def exchange(self, own: Float[Tensor, "B *rest"]) -> Float[Tensor, "branches B *rest"]:
+    def exchange(self, own: Float[Tensor, "*shape"]) -> Float[Tensor, "branches *shape"]:
         """Both branches, the one with actions first; waits for the other process."""
-        both = own.new_empty(2 * len(own), *own.shape[1:])
-        dist.all_gather_into_tensor(both, own.contiguous())
-        return both.unflatten(0, (2, -1))
+        both = own.new_empty(2, *own.shape)
+        dist.all_gather(list(both), own.contiguous())
+        return both

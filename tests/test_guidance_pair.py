@@ -63,38 +63,50 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held(out: Path) -> list[dict[str, Tensor]]:
     """What the two processes dreamt, and then one with both branches: this one."""
     with two_processes(out, "cpu"):
-        alone = dict(dreams(None, "cpu"))
+        alone = dict(dreams(None, "cpu", "off"))
     return [*(load_file(out / f"{rank}.safetensors") for rank in (0, 1)), alone]
+
+
+def whole(held: dict[str, Tensor]) -> list[str]:
+    """Names of what is not a list of blocks."""
+    return [name for name in held if "/lists/" not in name]
+
+
+def named_alone(name: str) -> str:
+    """What one process calls the same; here it knows no engine, which changes nothing."""
+    return name.replace("/eager/", "/off/")
 
 
 def test_two_processes_dream_what_one_dreams(held: list[dict[str, Tensor]]) -> None:
     first, _, alone = held
-    assert first.keys() == alone.keys()
-    for name in (name for name in alone if "/lists/" not in name):
-        assert alone[name].std() > 0.1
-        torch.testing.assert_close(first[name], alone[name], atol=1e-5, rtol=1e-5)
+    assert len(whole(first)) == 2 * len(whole(alone)) == 2 * 4 * len(NAMES)
+    for name in whole(first):
+        expected = alone[named_alone(name)]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(first[name], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_both_hold_the_same_to_the_last_bit(held: list[dict[str, Tensor]]) -> None:
     first, second, _ = held
     assert first.keys() == second.keys()
-    for name in (name for name in first if "/lists/" not in name):
+    for name in whole(first):
         assert first[name].equal(second[name]), name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_retrieves_for_its_branch(case: str, held: list[dict[str, Tensor]]) -> None:
     first, second, alone = held
-    names = [name for name in alone if name.startswith(f"{case}/lists/")]
-    denoises = [name for name in names if alone[name].shape != first[name].shape]
+    names = [name for name in first if name.startswith(f"{case}/lists/")]
+    both = {name: alone[named_alone(name)] for name in names}
+    denoises = [name for name in names if both[name].shape != first[name].shape]
     layers = CONFIGS["pocket"].layers
     assert len(denoises) == 3 * 3 * layers  # chunks, steps; the others are write passes
     for name in names:
         queries = first[name].shape[2]
-        assert first[name].equal(alone[name][:, :, :queries])
+        assert first[name].equal(both[name][:, :, :queries])
         # Where own blocks compete, those of the second copy have other numbers in one pass.
         if case.startswith("pocket"):
-            assert second[name].equal(alone[name][:, :, -queries:])
+            assert second[name].equal(both[name][:, :, -queries:])
     assert any(not first[name].equal(second[name]) for name in denoises)
 
 
@@ -118,11 +130,12 @@ def test_the_branch_with_actions_is_that_of_the_first(
     )
     own = (steered, free)[rank]
 
-    def gather(both: Tensor, given: Tensor) -> None:
+    def gather(places: list[Tensor], given: Tensor) -> None:
         assert given.equal(own)
-        both.copy_(torch.cat((steered, free)))
+        for place, branch in zip(places, (steered, free), strict=True):
+            place.copy_(branch)
 
-    monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(dist, "all_gather", gather)
     assert pair.steered == (rank == 0)
     guided = pair.guided(lambda z, t: z, 3.0)(own, 1.0)
     torch.testing.assert_close(guided, free + 3 * (steered - free))
@@ -178,7 +191,7 @@ def test_two_gpus_replay_graphs_and_agree(tmp_path: Path) -> None:
     with two_processes(tmp_path, "cuda"):
         pass
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    alone = {name: x.cpu() for name, x in dreams(None, "cuda")}
+    alone = {name: x.cpu() for name, x in dreams(None, "cuda", "eager", "auto")}
     for name in (name for name in alone if name.endswith(("latents", "owed", "together"))):
         assert first[name].equal(second[name]), name
         # In 16 bits a rounding may choose another block.

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -42,11 +43,13 @@ class Recorded(KeptLists):
         return lists
 
 
-def dreams(pair: GuidancePair | None, device: str) -> Iterator[tuple[str, Tensor]]:
-    """Several chunks of every way of dreaming, with the banks they leave, by name."""
+def dreams(
+    pair: GuidancePair | None, device: str, *ways: Literal["off", "eager", "auto"]
+) -> Iterator[tuple[str, Tensor]]:
+    """Several chunks for each of these `graphs`, with the banks they leave, by name."""
     for name in NAMES:
         model = awake(CONFIGS[name], device)
-        for graphs in ("off", "eager") if device == "cpu" else ("eager", "auto"):
+        for graphs in ways:
             sampler = sampler_of(model, graphs=graphs, pair=pair, room=8)
             recorded = Recorded()
             watched = dataclasses.replace(sampler, recall=Recall(kept=recorded))
@@ -61,10 +64,7 @@ def dreams(pair: GuidancePair | None, device: str) -> Iterator[tuple[str, Tensor
             reusing = dataclasses.replace(sampler, running=once)
             made, _ = dreamt(reusing, lens=Lens(), defer=True)
             yield f"{name}/{graphs}/owed", made
-    yield (
-        "together",
-        together(sampler_of(awake(CONFIGS["paper"], device), graphs="eager", pair=pair)),
-    )
+            yield f"{name}/{graphs}/together", together(sampler)
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def together(sampler: Sampler) -> Tensor:
         made.append(sampler.generate_together(stable, chunks))
         clean = [one._replace(latents=x) for one, x in zip(chunks, made[-1], strict=True)]
         sampler.write_together(stable, clean)
-    assert stable.engines
+    assert bool(stable.engines) == (sampler.running.graphs != "off")
     return torch.cat([x for chunk in made for x in chunk])
 
 
@@ -99,7 +99,8 @@ def steering(model: WorldModel, latents: int, world: int) -> Conditions:
 def main(out: Path, device: str) -> None:
     place = join(torch.device(device))
     try:
-        held = dict(dreams(GuidancePair(place), str(place.device)))
+        ways = ("off", "eager") if device == "cpu" else ("eager", "auto")
+        held = dict(dreams(GuidancePair(place), str(place.device), *ways))
         save_file({k: x.contiguous() for k, x in held.items()}, out / f"{place.rank}.safetensors")
         folder = out / f"bench{place.rank}"
         assert decmem([*BENCH, "--device", device, "--out", str(folder)]) == 0
