@@ -11,6 +11,7 @@ from torch import Tensor
 from decmem import flow
 from decmem.engine import Branches, Engine, Row, engine_key, serves, writer_of
 from decmem.errors import UserError
+from decmem.guidance_pair import GuidancePair, Velocity
 from decmem.memory import Bank, Lens, Recall, bank_plan, joint_plan
 from decmem.memory.stable import Stable
 from decmem.model import Conditions, WorldModel
@@ -33,9 +34,13 @@ class Running:
         share_lists: guidance's branch without actions reads the lists of the other.
         bank_dtype: of stored keys and values, None for that of the activations.
         room, limit: latents the bank has room for at first, and at most (None: no limit); beside
-            them a chunk passes through once more under guidance.
+            them a chunk passes through once more where one pass computes both branches of guidance.
         graphs: "auto" records the denoising step as CUDA graphs on a GPU; "eager" runs the same
             code without recording, anywhere; "off" does neither.
+        pair: two processes share out the branches of guidance; None computes both in one pass.
+
+    Raises:
+        UserError: for no step that retrieves, and for lists shared between two processes.
     """
 
     retrieve_until: int | None = None
@@ -44,11 +49,15 @@ class Running:
     room: int = 64
     limit: int | None = None
     graphs: Literal["auto", "eager", "off"] = "auto"
+    pair: GuidancePair | None = None
 
     def __post_init__(self) -> None:
         if self.retrieve_until is not None and self.retrieve_until < 1:
             problem = f"{self.retrieve_until} steps"
             raise UserError("retrieve_until", problem, "Retrieve in at least 1")
+        if self.share_lists and self.pair is not None:
+            problem = "the branches of guidance are computed by two processes"
+            raise UserError("share_lists", problem, "Leave it out, or start one process")
 
 
 class Chunk(NamedTuple):
@@ -67,6 +76,9 @@ class Sampler:
     Args:
         times: of the Euler solver, from 1 to 0. guidance: strength of action guidance or None.
         dtype: of activations. recall: how the global memory is read. running: how it is computed.
+
+    Raises:
+        UserError: for a pair of processes without guidance.
     """
 
     model: WorldModel
@@ -76,6 +88,10 @@ class Sampler:
     recall: Recall
     running: Running = field(default_factory=Running)
 
+    def __post_init__(self) -> None:
+        if self.running.pair is not None:
+            self.running.pair.require(self.guidance)
+
     def new_bank(self, anchor: Float[Tensor, "B 3"]) -> Bank:
         """An empty bank as this sampler stores it.
 
@@ -84,7 +100,7 @@ class Sampler:
         """
         run = self.running
         room = run.room if run.limit is None else min(run.room, run.limit)
-        room += 0 if self.guidance is None else self.model.config.chunk
+        room += (self._branches().count - 1) * self.model.config.chunk
         return self.model.new_bank(anchor, run.bank_dtype or self.dtype, room, run.limit)
 
     def new_stable(self, latents: int) -> Stable:
@@ -162,7 +178,7 @@ class Sampler:
             at = torch.full((B, T), t, device=self.device)
             return branches.velocity(z, at, context, plan, bank, branches.finds(anew), watched)
 
-        return flow.solve(velocity, noise, self.times)
+        return flow.solve(self._guided(velocity), noise, self.times)
 
     @torch.no_grad()
     def generate_together(
@@ -239,7 +255,8 @@ class Sampler:
             anew = until is None or self.times.index(t) < until
             return engine.velocity(stable.whole, z, t, engine.branches.finds(anew))
 
-        return list(flow.solve(velocity, noise, self.times)[: len(chunks)].split(1))
+        made = flow.solve(self._guided(velocity), noise, self.times)
+        return list(made[: len(chunks)].split(1))
 
     def _write_rows(self, stable: Stable, chunks: Sequence[Chunk]) -> None:
         contexts = [self.model.context(one.conditions, one.bank) for one in chunks]
@@ -269,21 +286,29 @@ class Sampler:
         return "off" if wanted == "auto" and self.device.type != "cuda" else wanted
 
     def _context(self, bank: Bank, conditions: Conditions, chunk: int) -> Context:
-        """Of these latents; under guidance the last `chunk` follow once more, without actions."""
-        if self.guidance is None:
+        """Of these latents; under guidance the last `chunk` follow once more, without actions. In
+        the second process of a pair they come without actions the only time."""
+        pair = self.running.pair
+        if self.guidance is None or (pair is not None and pair.steered):
             return self.model.context(conditions, bank)
         again = conditions[-chunk:]
-        both = self.model.context(conditions.then(again), bank)
+        both = self.model.context(conditions.then(again) if pair is None else conditions, bank)
         nobody = torch.zeros(len(conditions.lens), dtype=torch.bool, device=self.device)
         unsteered = self.model.context(again, bank, nobody)
         features = torch.cat((both.features[:, :-chunk], unsteered.features), 1)
         return replace(both, features=features)
 
     def _branches(self) -> Branches:
+        """Those of a pass: one where a pair shares them out."""
         run = self.running
-        share = run.share_lists and self.guidance is not None
-        keep = run.retrieve_until is not None
-        return Branches(self.model, self.guidance, self.dtype, self.recall, share, keep)
+        guidance = self.guidance if run.pair is None else None
+        share, keep = run.share_lists and guidance is not None, run.retrieve_until is not None
+        return Branches(self.model, guidance, self.dtype, self.recall, share, keep)
+
+    def _guided(self, velocity: Velocity) -> Velocity:
+        """The velocity of the branches of a pass, completed by the other process of a pair."""
+        pair, strength = self.running.pair, self.guidance
+        return velocity if pair is None or strength is None else pair.guided(velocity, strength)
 
     def _engine(
         self, bank: Bank, context: Context, noise: Float[Tensor, "B T C h w"]

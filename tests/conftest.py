@@ -47,6 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
     torch.set_num_threads(1)
 
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        from .quick_interpreter import hurry
+
+        hurry()
+
 
 def _hand_numba_the_bare_functions() -> None:
     """Numba compiles what a function says, not the checks that the hook puts around it."""
@@ -66,7 +71,12 @@ def _hand_numba_the_bare_functions() -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     checked = not config.getoption("--no-shape-checks")
-    return True if checked and collection_path.is_relative_to(COMPILED) else None
+    if checked and collection_path.is_relative_to(COMPILED):
+        return True
+    # Where only kernels are asked for, files that mark none are not imported: half of the start.
+    if config.getoption("markexpr") == "interpreter" and collection_path.match("test_*.py"):
+        return True if "mark.interpreter" not in collection_path.read_text("utf-8") else None
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,11 +16,11 @@ PACKAGE = ROOT / "decmem"
 # a line here share a level, and do not know each other.
 LEVELS = [
     ["errors"],
-    ["storage", "machine", "heap"],
+    ["storage", "machine", "heap", "distributed"],
     ["flow", "ops", "world", "shards"],
     ["memory", "codec", "data"],
     ["model"],
-    ["engine", "saved_world", "observation"],
+    ["engine", "guidance_pair", "saved_world", "observation"],
     ["sampler"],
     ["history"],
     ["experiment"],

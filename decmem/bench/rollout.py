@@ -29,7 +29,8 @@ class RolloutBench:
             guidance.
         with_codec: decode the chunk to frames inside the clock, as `Session` does: on a GPU beside
             the write pass.
-        running: how chunks are computed; the room of its bank is the benchmark's business.
+        running: how chunks are computed; the room of its bank is the benchmark's business. With a
+            `pair` both processes make the same calls, and either's rows tell of both.
         random_lists: one more row for each history of the decoupled memory, with uniformly random
             lists.
         gemm_dtype: of the blocks' matrix products; None: of the activations.
@@ -92,7 +93,7 @@ class RolloutBench:
 
     def _sampler(self, model: WorldModel, history: int, random: bool) -> Sampler:
         steps = self.steps or self.experiment.sampler.steps
-        branches = 1 if self.guidance is None else 2
+        branches = 1 if self.guidance is None or self.running.pair is not None else 2
         room = history + branches * self.latents
         recall = Recall(retrieved=self.experiment.sampler.retrieved)
         run = dataclasses.replace(self.running, room=room)
@@ -146,7 +147,8 @@ class RolloutBench:
             "guidance": self.guidance,
             "history": history,
             "device": torch.cuda.get_device_name(self.device) if gpu else "cpu",
-            "gpu_count": 1 if gpu else 0,
+            "gpu_count": (1 if run.pair is None else run.pair.place.world) if gpu else 0,
+            "parallel": None if run.pair is None else "guidance",
             "dtype": _name(self.dtype),
             "gemm_dtype": _name(self.gemm_dtype or self.dtype),
             "bank_dtype": _name(stored),

@@ -15,6 +15,9 @@ class BenchRollout:
     Decoupled memory stays level where dense attention grows: that is the paper's figure 1b. The
     clock covers all denoising steps and the write pass; with --codec the decoding too.
 
+    Two GPUs take a branch of guidance each: torchrun --standalone --nproc-per-node 2 -m decmem
+    bench rollout --guidance 7.5 ...
+
     Example: decmem bench rollout --preset pocket --device cpu --history 60 600 --out out/bench
 
     Writes rollout_DEVICE.json and prints the same as a table.
@@ -78,7 +81,9 @@ class BenchRollout:
         import torch
 
         from decmem.bench.rollout import RolloutBench
+        from decmem.distributed import join, leave
         from decmem.experiment import pick_device
+        from decmem.guidance_pair import GuidancePair
         from decmem.machine import code_commit, describe_machine
         from decmem.memory.quantised import FP8
         from decmem.presets import preset
@@ -96,35 +101,44 @@ class BenchRollout:
                 raise UserError(
                     f"--{name.replace('_', '-')}", f"got {value}, expected at least 1", "Raise it"
                 )
-        experiment = preset(self.preset)
-        device = pick_device(self.device)
+        experiment, device = preset(self.preset), pick_device(self.device)
         gpu = device.type == "cuda"
         dtype = torch.bfloat16 if self.dtype == "bf16" or (self.dtype == "auto" and gpu) else None
         formats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
-        bench = RolloutBench(
-            experiment,
-            device,
-            dtype or torch.float32,
-            self.history,
-            self.memory,
-            self.steps,
-            self.guidance,
-            self.chunk,
-            self.codec,
-            self.repeats,
-            Running(
-                self.retrieve_until,
-                self.share_lists,
-                formats.get(self.bank_dtype),
-                graphs=self.graphs,
-            ),
-            self.random_lists,
-            FP8 if self.gemm == "fp8" else None,
-        )
-        with stage_bars(single=True) as watch:
-            made = list(bench.rows(watch))
+        place = join(device)
+        try:
+            pair = None if place.world == 1 else GuidancePair(place)
+            if pair is not None:
+                pair.require(self.guidance)
+            bench = RolloutBench(
+                experiment,
+                place.device,
+                dtype or torch.float32,
+                self.history,
+                self.memory,
+                self.steps,
+                self.guidance,
+                self.chunk,
+                self.codec,
+                self.repeats,
+                Running(
+                    self.retrieve_until,
+                    self.share_lists,
+                    formats.get(self.bank_dtype),
+                    graphs=self.graphs,
+                    pair=pair,
+                ),
+                self.random_lists,
+                FP8 if self.gemm == "fp8" else None,
+            )
+            with stage_bars(single=True) as watch:
+                made = list(bench.rows(watch if place.first else None))
+        finally:
+            leave(place)
         if not any(row for row, _ in made):
             raise UserError("--history", made[0][1]["failure"], "Ask for less")
+        if not place.first:
+            return
         path = self.out / f"rollout_{device.type}.json"
         write_json(
             path,
@@ -132,7 +146,7 @@ class BenchRollout:
                 "schema_version": 1,
                 "theme": "rollout",
                 "commit": code_commit(),
-                "machine": describe_machine(device),
+                "machine": describe_machine(place.device),
                 "weights": "random",
                 "repeats": self.repeats,
                 "chunk": bench.latents,

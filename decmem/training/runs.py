@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from decmem.codec import Autoencoder
+from decmem.distributed import Place, join, leave
 from decmem.errors import UserError
 from decmem.experiment import Experiment, load_codec, pick_device, to_plain
 from decmem.memory import MemoryName
@@ -21,7 +22,6 @@ from decmem.shards import load_weights, weights_sha256
 from decmem.training.average import WeightAverage
 from decmem.training.checkpoint import latest_checkpoint, require_same_settings
 from decmem.training.codec_task import CodecTask
-from decmem.training.distributed import Place, join, leave
 from decmem.training.export import export_weights
 from decmem.training.kept_walks import kept_walks
 from decmem.training.latent_cache import LatentCache

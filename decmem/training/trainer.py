@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from decmem.distributed import Place
 from decmem.errors import UserError
 from decmem.training.average import WeightAverage
 from decmem.training.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
-from decmem.training.distributed import Place
 from decmem.training.log import TrainingLog
 from decmem.training.optimiser import Optimisers, rate
 

@@ -69,7 +69,7 @@ def test_command_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 FORM = {
     *("preset", "memory", "steps", "guidance", "history", "device", "gpu_count", "dtype"),
-    *("gemm_dtype", "bank_dtype", "retrieval", "lists", "ms_per_chunk", "fps"),
+    *("parallel", "gemm_dtype", "bank_dtype", "retrieval", "lists", "ms_per_chunk", "fps"),
     *("bytes_per_latent", "covers"),
 }
 

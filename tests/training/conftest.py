@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from decmem.codec import Autoencoder, CodecConfig
+from decmem.distributed import Place
 from decmem.experiment import CodecTraining, MemoryTraining
 from decmem.flow import FlowConfig
 from decmem.memory import MemoryConfig, PositionConfig, Reach
@@ -16,7 +17,6 @@ from decmem.model import ModelConfig, WorldModel, initialise
 from decmem.training import codec_task
 from decmem.training.average import WeightAverage
 from decmem.training.codec_task import CodecTask
-from decmem.training.distributed import Place
 from decmem.training.latent_cache import LatentCache
 from decmem.training.memory_task import MemoryTask
 from decmem.training.optimiser import Optimisers

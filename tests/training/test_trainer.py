@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from decmem.distributed import Place
 from decmem.errors import UserError
 from decmem.training import checkpoint
 from decmem.training.checkpoint import latest_checkpoint, prune
-from decmem.training.distributed import Place
 from decmem.training.log import TrainingLog
 from decmem.training.optimiser import rate
 from decmem.training.trainer import Budget, Trainer

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from decmem.distributed import join, leave
 from decmem.training.average import WeightAverage
-from decmem.training.distributed import join, leave
 from decmem.training.optimiser import Optimisers
 from decmem.training.trainer import Budget, Task, Trainer
 

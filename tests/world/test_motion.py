@@ -110,9 +110,14 @@ def test_the_world_repeats() -> None:
     assert (moved == 256 * UNIT * 1000).all()
 
 
-@given(st.integers(0, 2**32))
-def test_nobody_enters_anything_solid(seed: int) -> None:
-    world = build_world(4)
+@pytest.fixture(scope="module")
+def hills() -> World:
+    return build_world(4)
+
+
+@given(seed=st.integers(0, 2**32))
+def test_nobody_enters_anything_solid(hills: World, seed: int) -> None:
+    world = hills
     rng = np.random.default_rng(seed)
     actions = np.zeros((60, A), np.float32)
     actions[:, :2] = rng.uniform(-1, 1, (60, 2))
