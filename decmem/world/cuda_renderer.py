@@ -1,5 +1,6 @@
 """Rendering on a CUDA device: the CPU's own functions, compiled a second time by numba-cuda."""
 
+import threading
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -91,6 +92,15 @@ def _device_pictures(number: int) -> Any:
     return cuda.to_device(pictures())
 
 
+_first_use = threading.Lock()
+
+
+def _gpu(number: int) -> Any:
+    """The GPU as a context. Numba lists the GPUs when first asked, and fails if two threads ask."""
+    with _first_use:
+        return cuda.gpus[number]
+
+
 def render_frames(
     buffers: torch.Tensor,
     index: torch.Tensor,
@@ -110,7 +120,7 @@ def render_frames(
     depth = torch.empty((deep, *size), dtype=torch.float32, device=device)
     block = torch.empty((deep, *size), dtype=torch.uint8, device=device)
     number = device.index or 0
-    with cuda.gpus[number]:
+    with _gpu(number):
         stream = cuda.external_stream(torch.cuda.current_stream(device).cuda_stream)
         kernel(MAX_REGISTERS)[(*grid(count, size), stream)](
             buffers, index, _device_pictures(number), cells, insets, rotations,
