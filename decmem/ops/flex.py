@@ -85,8 +85,6 @@ def block_sparse_attention(
         "BLOCK_N2": both,
     }  # fmt: skip
     mask = block_mask(lists, (Nq * Pq, Nk * Pk), (Pq, Pk), slots_of(valid, Pk))
-    # PyTorch 2.11 cannot trace views of leaves that want gradients.
-    q, k, v = (x.clone() if x.is_leaf and x.requires_grad else x for x in (q, k, v))
     k, v = (x.expand(B, H, Nk, Pk, D).flatten(2, 3) for x in (k, v))
     out = _compiled()(
         q.flatten(2, 3), k, v, block_mask=mask, scale=scale, kernel_options=options
