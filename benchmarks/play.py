@@ -111,6 +111,7 @@ async def soak(server: Server, asked: argparse.Namespace) -> dict[str, Any]:
     samples: list[dict[str, Any]] = []
     peak = 0
     await asyncio.gather(*(visitor.enter() for visitor in crowd))
+    print(f"{len(crowd)} visitors walk", file=sys.stderr, flush=True)
     for visitor in crowd:
         visitor.forget()
     begun = time.monotonic()
@@ -118,6 +119,8 @@ async def soak(server: Server, asked: argparse.Namespace) -> dict[str, Any]:
     async def sample() -> None:
         walked = round(time.monotonic() - begun, 1)
         samples.append({"seconds": walked, **await server.memory()})
+        # Each as it is taken: of a run that is cut off, this is what is left.
+        print(json.dumps(samples[-1]), file=sys.stderr, flush=True)
 
     while (walked := time.monotonic() - begun) < asked.seconds:
         if walked >= len(samples) * asked.seconds / 20:
