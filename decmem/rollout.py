@@ -92,7 +92,7 @@ class Session:
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.flow = flow_config or flow.FlowConfig()
         self.steps, self.guidance = steps, guidance
-        self.chunk = chunk or self.config.chunk
+        self.chunk = self.config.chunk if chunk is None else chunk
         self.retrieved = retrieved
         self.global_memory = True
         self.running = running or Running()

@@ -547,6 +547,7 @@ def test_nothing_is_made_of_nothing(session: Callable[..., Session]) -> None:
     ("settings", "message"),
     [
         ({"chunk": 3}, "chunk: 3 latents, trained with"),
+        ({"chunk": 0}, "chunk: 0 latents, trained with"),
         ({"steps": 0}, "steps: 0 denoising steps"),
         ({"batch": 2, "seeds": [1]}, "seeds: 1 for 2 worlds"),
     ],

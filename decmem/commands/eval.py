@@ -17,9 +17,9 @@ class Evaluate:
     Every world is seen for 221 frames and dreamt on from there; the paper's windows (frames 222-229
     and 334-341) are compared with the rendered truth. Where the camera then stands still for 30 s
     (still), so are frames 222-229, 270-277, 370-377 and 514-521: how far the dream drifts from what
-    it shows all the time. Beside the model stand the same weights
-    without global memory or with another world's, copies of remembered frames, the memory warped
-    by the true depth, and the codec alone.
+    it shows all the time. Beside the model stand the same weights without global memory or with
+    another world's, copies of remembered frames, the memory warped by the true depth, and the codec
+    alone.
 
     Writes results.json, table.md, curves.json and curves.png. Finished episodes are kept in
     OUT/episodes: an interrupted run goes on where it stopped.

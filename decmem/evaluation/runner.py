@@ -31,8 +31,7 @@ class Runner:
         protocol: worlds, walks and windows.
         session: the model that is measured.
         window_session: the model trained with a sliding window only; None leaves its row out.
-        render: gives the episode of a seed and a walk, ``protocol.frames_of`` it long, with
-            depth.
+        render: gives the episode of a seed and a walk, ``protocol.frames_of`` it long, with depth.
         out: results go here; ``out/episodes`` keeps every finished episode.
         settings: what the figures depend on; kept episodes count only under equal settings.
         batch: worlds advanced together.
