@@ -1,7 +1,7 @@
 """The benchmark of the live page reports what its known inputs mean."""
 
 import asyncio
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,15 +11,15 @@ import pytest
 MEBI = 2**20
 
 
-@pytest.fixture(scope="module")
-def figures() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "play_figures.py"
-    found = importlib.util.spec_from_file_location("play_figures", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("play_figures")
+
+
+@pytest.fixture
+def soaks(figures: ModuleType) -> ModuleType:
+    return importlib.import_module("play_soak")
 
 
 def memory(
