@@ -162,4 +162,5 @@ def outside(crowd: Sequence[Visitor]) -> str:
 
 def moving(crowd: Sequence[Visitor]) -> str:
     """Who was not told that it stands still."""
-    return f"visitors {[v.seed for v in crowd if not v.stands and v.lost is None]} walk on"
+    walking = [v.seed for v in crowd if not v.stands and v.lost is None]
+    return f"visitors {walking} walk on" if walking else "the server does not tell of its memory"
