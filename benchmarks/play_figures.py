@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from play_phases import Overdue
+
 HELD = 9.9
 """Frames a second that count as the world's own 10."""
 RETURNED = 0.05
@@ -25,7 +27,7 @@ def timing(visitors: Sequence[Any], seconds: float) -> dict[str, Any]:
     """Figures over the last so many seconds of all visitors."""
     chunks = [chunk for visitor in visitors for chunk in visitor.chunks]
     if not chunks:
-        raise SystemExit("no chunk came")
+        raise Overdue("no chunk came")
     waits = sorted(c["action_to_frame"] for c in chunks if c["action_to_frame"] is not None)
     rates = [rate([(c["at"], c["frames"]) for c in v.chunks], seconds) for v in visitors]
     return {
@@ -57,11 +59,15 @@ def per_session(memory: dict[str, Any], idle: dict[str, Any]) -> dict[str, Any]:
 
 
 async def most_that_hold(
-    holds: Callable[[int], Awaitable[bool]], most: int, over: Callable[[], bool]
-) -> tuple[int, bool]:
+    holds: Callable[[int], Awaitable[bool]], most: int, over: Callable[[], bool],
+    known: tuple[int, bool] = (0, True),
+) -> tuple[int, bool]:  # fmt: skip
     """The largest number up to `most` that holds, by doubling, then by halving what is between;
-    and whether it was found before time was `over`."""
-    low, high, asked = 0, most + 1, 1
+    and whether it was found before time was `over`. `known`: a number that was tried already, and
+    whether it holds."""
+    count, held = known
+    low, high = (min(count, most), most + 1) if held else (0, min(count, most + 1))
+    asked = max(1, min(2 * low, most)) if held else max(1, high // 2)
     while high - low > 1:
         if over():
             return low, False
@@ -120,7 +126,19 @@ def growth(samples: Sequence[dict[str, Any]], idle: dict[str, Any]) -> dict[str,
 
 def told(found: dict[str, Any]) -> str:
     """The figures that are quoted, as a table."""
-    row = found["rows"][0]
+    lines = []
+    for row in found["rows"][:1]:  # a soak that broke off may have none
+        lines += _told_row(row)
+    if "sessions_at_10_fps" in found:
+        sessions = found["sessions_at_10_fps"]
+        unsure = "" if sessions["complete"] else " or more, time was over"
+        lines.append(("sessions at 10 frames/s each", f"{sessions['most']}{unsure}"))
+    if "verdict" in found:
+        lines += _told_soak(found)
+    return "\n".join(["| figure | value |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in lines)])
+
+
+def _told_row(row: dict[str, Any]) -> list[tuple[str, str]]:
     rates, memory = row["frames_per_second"], row["memory_per_session"]
     lines = [
         ("visitors", f"{row['clients']}"),
@@ -138,18 +156,22 @@ def told(found: dict[str, Any]) -> str:
     for name, what in (("resident_bytes", "process"), ("gpu_bytes", "GPU")):
         if memory[name] is not None:
             lines.append((f"{what} memory a session", f"{memory[name] / 2**20:.1f} MiB"))
-    if "sessions_at_10_fps" in found:
-        sessions = found["sessions_at_10_fps"]
-        unsure = "" if sessions["complete"] else " or more, time was over"
-        lines.append(("sessions at 10 frames/s each", f"{sessions['most']}{unsure}"))
-    if "verdict" in found:
-        idle, after = found["memory"]["idle"], found["memory"]["after"]
-        bytes_of = (idle["resident_bytes"], found["resident_peak_bytes"], after["resident_bytes"])
-        if None not in bytes_of:
-            shown = ", ".join(f"{x / 2**20:.0f} MiB" for x in bytes_of)
-            lines.append(("process before, at its peak, after", shown))
-        lines += [
-            (name.replace("_", " "), "yes" if good else "NO")
-            for name, good in found["verdict"].items()
-        ]
-    return "\n".join(["| figure | value |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in lines)])
+    return lines
+
+
+def _told_soak(found: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    idle, after = found["memory"]["idle"], found["memory"]["after"]
+    for name, what, peak in (
+        ("resident_bytes", "process before, at its peak, after", [found["resident_peak_bytes"]]),
+        ("gpu_bytes", "GPU before and after", []),
+    ):
+        told = [idle and idle[name], *peak, after and after[name]]
+        if None not in told:
+            lines.append((what, ", ".join(f"{x / 2**20:.0f} MiB" for x in told)))
+    for name, seconds in found.get("phases", {}).items():
+        lines.append((name, "killed" if seconds is None else f"{seconds:.1f} s"))
+    lines += [
+        (name.replace("_", " "), "yes" if good else "NO") for name, good in found["verdict"].items()
+    ]
+    return lines

@@ -15,6 +15,8 @@ class Pace:
             None sets no limit.
         supersample: rays per pixel side of the truth beside the dream.
         threads: of the truth's renderer.
+        painters: worlds whose known frames are rendered at once, beside the model's work; with 0
+            they are part of it.
     """
 
     steps: int
@@ -22,12 +24,13 @@ class Pace:
     retrieved: int | None
     supersample: int
     threads: int
+    painters: int
 
 
 # One-latent chunks answer soonest. On two cores every pass counts, every block read, every ray.
 PACES = {
-    "cpu": Pace(steps=2, chunk=1, retrieved=16, supersample=1, threads=1),
-    "cuda": Pace(steps=4, chunk=1, retrieved=None, supersample=2, threads=4),
+    "cpu": Pace(steps=2, chunk=1, retrieved=16, supersample=1, threads=1, painters=0),
+    "cuda": Pace(steps=4, chunk=1, retrieved=None, supersample=2, threads=4, painters=4),
 }
 
 

@@ -26,7 +26,7 @@ from decmem.play.parcels import Parcels
 from decmem.play.protocol import VERSION
 from decmem.play.settings import Settings
 from decmem.play.steering import Steering
-from decmem.play.studio import Studio
+from decmem.play.studio import Stopped, Studio
 from decmem.play.takeaway import film, pack_world
 from decmem.world.version import FPS
 
@@ -120,8 +120,7 @@ class Guest:
     async def close(self) -> None:
         """Ends the world and frees what it held."""
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait({self._task})  # unlike its own await, it leaves our cancellation ours
         if self.journey is not None:
             self.journey.close()
         self.journey = None
@@ -150,6 +149,8 @@ class Guest:
                     wait = min(wait, 1.0)
             except UserError as error:
                 await self._complain(error)
+            except Stopped:
+                return
             except Exception:
                 _log.exception("a world could not go on")
                 self.failed = "the server failed; it is told in its log"
@@ -317,6 +318,8 @@ class Guest:
             await self.tell(
                 "progress", stage=progress.stage, done=progress.done, total=progress.total
             )
+            if progress.beside is not None:
+                await self.studio.until(progress.beside)
 
     async def _show_start(self, first: int) -> None:
         """Tells of the whole world, with a picture of every latent from `first` on."""

@@ -5,7 +5,7 @@ Everything here is model work: it runs in the worker thread, one piece at a time
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -28,11 +28,13 @@ _PIECE = 32  # frames worked on between two looks at the other sessions
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a world is on its way: `done` of `total` in a stage of docs/play.md."""
+    """How far a world is on its way: `done` of `total` in a stage of docs/play.md. The next piece
+    of work waits for what is `beside`: until then the worker is better used."""
 
     stage: str
     done: int
     total: int
+    beside: "Future[Any] | None" = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,13 @@ class Journey:
 
     Args:
         session: an empty session of one world. pace: of the device.
+        painters: threads that render known frames, which are rendered here where None.
     """
 
-    def __init__(self, session: Session, pace: Pace) -> None:
+    def __init__(self, session: Session, pace: Pace, painters: Executor | None = None) -> None:
         self.session = session
         self.pace = pace
+        self.painters = painters
         self.truth: Truth | None = None
         self.told: dict[str, Any] = {}
         self._beside = ThreadPoolExecutor(1, "truth")
@@ -87,9 +91,17 @@ class Journey:
         truth = Truth(seed, self.session.config.size, self.pace)
         actions = truth.explore(count)
         shown: list[np.ndarray] = []
-        for frames in truth.remembered(_PIECE):
+        pieces, done = truth.remembered(_PIECE), 0
+        while done < count:
+            if self.painters is None:
+                frames = next(pieces)
+            else:
+                painting = self.painters.submit(next, pieces)
+                yield Progress("render", done, count, painting)
+                frames = painting.result()
             shown.append(frames)
-            yield Progress("render", sum(map(len, shown)), count)
+            done += len(frames)
+            yield Progress("render", done, count)
         lens = np.tile(truth.intrinsics, (count, 1, 1))
         clip = Episode(np.concatenate(shown), truth.poses(), lens, actions)
         yield from self.begin_clip(clip)

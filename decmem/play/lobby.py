@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from decmem.play.ledger import ledger
 from decmem.play.line import Line
 from decmem.play.parcels import Parcels
 from decmem.play.protocol import check_version
-from decmem.play.studio import Studio
+from decmem.play.studio import Stopped, Studio
 from decmem.play.troupe import Troupe
 
 _log = logging.getLogger(__name__)
 _HELLO_SECONDS = 20.0
 _SWEEP_SECONDS = 1.0
+_FAREWELL_SECONDS = 3.0
 
 
 class Lobby:
@@ -47,6 +49,8 @@ class Lobby:
             if guest is None:
                 return
             await self._serve(guest, line)
+        except Stopped:
+            pass
         finally:
             await line.close()
 
@@ -97,6 +101,8 @@ class Lobby:
             heard.cancel()
 
     def _welcome(self) -> Guest:
+        if self.studio.closed:
+            raise Stopped
         guest = Guest(self.studio, self.parcels)
         self.guests[guest.token] = guest
         return guest
@@ -125,7 +131,7 @@ class Lobby:
         if line is not None:
             await line.close(reason)
         self._announce()
-        await self.studio.work(_give_back, self.studio.troupe)
+        await self.studio.work(_give_back, self.studio.troupe, lambda: not self.guests)
 
     async def holdings(self) -> dict[str, int | None]:
         """What all worlds hold now, in bytes; see `ledger`."""
@@ -137,11 +143,20 @@ class Lobby:
         )
 
     async def close(self) -> None:
-        """Ends everything."""
+        """Ends everything, the second time nothing. Whoever waits for work is let go first."""
         self._sweeper.cancel()
-        for guest in list(self.guests.values()):
-            await self.dismiss(guest, "the server stops")
+        self.studio.close()
+        leaving = [self._let_go(guest) for guest in self.guests.values()]
+        try:
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                await asyncio.gather(*leaving)
+        except TimeoutError:
+            _log.warning("not all visitors took in that the server stops")
         self.parcels.close()
+
+    async def _let_go(self, guest: Guest) -> None:
+        with contextlib.suppress(Stopped):
+            await self.dismiss(guest, "the server stops")
 
     def _announce(self) -> None:
         self._changed.set()
@@ -163,7 +178,7 @@ class Lobby:
                         _log.exception("a world could not be let go")
 
 
-def _give_back(troupe: Troupe | None) -> None:
+def _give_back(troupe: Troupe | None, deserted: Callable[[], bool]) -> None:
     """Hands freed memory back to the system: PyTorch would keep what it once took of a GPU, and
     glibc what many threads once held."""
     gc.collect()
@@ -171,6 +186,10 @@ def _give_back(troupe: Troupe | None) -> None:
         troupe.rest()
         gc.collect()
     if torch.cuda.is_initialized():
+        # cuBLAS keeps 32 MiB for every stream that graphs were ever recorded beside. Graphs that
+        # are still there would go on writing to it.
+        if deserted() and (troupe is None or troupe.stable is None):
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -19,7 +19,7 @@ from decmem.play.gate import Gate
 from decmem.play.line import Line
 from decmem.play.lobby import Lobby
 from decmem.play.protocol import error_message
-from decmem.play.studio import Studio
+from decmem.play.studio import Stopped, Studio
 
 PAGE = Path(__file__).parent / "page"
 _SAFE = {
@@ -40,7 +40,6 @@ def build_app(studio: Studio, host: str = "127.0.0.1", allowed: tuple[str, ...] 
             yield
         finally:
             await app.state.lobby.close()
-            studio.close()
 
     return Starlette(
         routes=[
@@ -98,7 +97,10 @@ async def _file(request: Request) -> Response:
 
 async def _memory(request: Request) -> Response:
     lobby: Lobby = request.app.state.lobby
-    return JSONResponse(await lobby.holdings(), headers=_SAFE)
+    try:
+        return JSONResponse(await lobby.holdings(), headers=_SAFE)
+    except Stopped:
+        return _told(UserError("server", "it stops", "Start it again"), 503)
 
 
 def _told(error: UserError, status: int) -> Response:
@@ -139,7 +141,7 @@ def serve(studio: Studio, host: str, port: int, allowed: tuple[str, ...], browse
 
     studio.warm_up()
     app = build_app(studio, host, allowed)
-    server = _Announcing(configure(app, host, port), opened)
+    server = Server(app, host, port, opened)
     try:
         server.run()
     except SystemExit as error:
@@ -148,14 +150,20 @@ def serve(studio: Studio, host: str, port: int, allowed: tuple[str, ...], browse
         ) from error
 
 
-class _Announcing(uvicorn.Server):
-    """Says so once the port is open."""
+class Server(uvicorn.Server):
+    """Says so once the port is open (`opened`), and lets everybody go before it closes: requests
+    that wait for a busy worker would be cut off where they stand."""
 
-    def __init__(self, config: uvicorn.Config, opened: Callable[[int], None]) -> None:
-        super().__init__(config)
+    def __init__(self, app: Starlette, host: str, port: int, opened: Callable[[int], None]) -> None:
+        super().__init__(configure(app, host, port))
+        self.app = app
         self.opened = opened
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
         if self.started:
             self.opened(self.servers[0].sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets=None) -> None:
+        await self.app.state.lobby.close()
+        await super().shutdown(sockets)

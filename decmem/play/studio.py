@@ -3,7 +3,7 @@
 import asyncio
 import platform
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,10 @@ from decmem.play.troupe import Troupe
 from decmem.rollout import Session
 
 Result = TypeVar("Result")
+
+
+class Stopped(Exception):
+    """The server stops: what was asked for will not be done."""
 
 
 class Studio:
@@ -52,6 +56,8 @@ class Studio:
         if together is None:
             together = session.device.type == "cuda" and bounds.together > 0
         self.troupe = Troupe(bounds) if together else None
+        self.painters = ThreadPoolExecutor(pace.painters, "painter") if pace.painters else None
+        self.closed = False
 
     @classmethod
     def open(
@@ -82,7 +88,7 @@ class Studio:
 
     def journey(self, noise_seed: int) -> Journey:
         """A new world, empty."""
-        return Journey(self.session.fresh([noise_seed]), self.pace)
+        return Journey(self.session.fresh([noise_seed]), self.pace, self.painters)
 
     def warm_up(self) -> None:
         """Has everything compiled and loaded while the browser still opens."""
@@ -97,14 +103,27 @@ class Studio:
         self.worker.submit(walk)
 
     async def work(self, piece: Callable[..., Result], *given: Any) -> Result:
-        """Runs model work in its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self.worker, piece, *given)
+        """Runs model work in its thread. Raises `Stopped` where it will not be done."""
+        if self.closed:
+            raise Stopped
+        return await self.until(self.worker.submit(piece, *given))
+
+    async def until(self, done: "Future[Result]") -> Result:
+        """What other threads make. Raises `Stopped` where they will not."""
+        try:
+            return await asyncio.wrap_future(done)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            # Not who waits was called off, but what is waited for.
+            if self.closed and task is not None and not task.cancelling():
+                raise Stopped from None
+            raise
 
     async def go(self, journey: Journey, actions: Float32[np.ndarray, "F A"]) -> Chunk:
-        """The next chunk of a world."""
-        if self.troupe is None:
+        """The next chunk of a world. Raises `Stopped` where there will be none."""
+        if self.troupe is None or self.closed:
             return await self.work(journey.go, actions)
-        return await asyncio.wrap_future(self.troupe.ask(journey, actions, self.worker))
+        return await self.until(self.troupe.ask(journey, actions, self.worker))
 
     async def advance(self, pieces: Iterator[Result]) -> Result | None:
         """The next piece of longer work; None when it is done."""
@@ -146,7 +165,10 @@ class Studio:
         }
 
     def close(self) -> None:
-        """Ends the worker."""
+        """Ends the threads once what they are at is done; whoever waits for more is told."""
+        self.closed = True
         if self.troupe is not None:
             self.troupe.close()
-        self.worker.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.worker, self.painters):
+            if threads is not None:
+                threads.shutdown(wait=False, cancel_futures=True)

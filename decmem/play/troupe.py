@@ -98,10 +98,14 @@ class Troupe:
         self._closed_until = -math.inf  # where there was no room, it is not looked for all the time
         self._ways: list[_Way] = []
         self._waiting: deque[Request] = deque()
+        self._closed = False
 
     def ask(self, journey: Journey, actions: np.ndarray, worker: Executor) -> "Future[Chunk]":
         """The next chunk of a world, as `Journey.go` gives it."""
         request = Request(journey, actions, Future())
+        if self._closed:
+            request.answer.cancel()
+            return request.answer
         self._waiting.append(request)
         # As many turns as requests: there is one left for whoever is not taken along.
         worker.submit(self.perform)
@@ -114,6 +118,10 @@ class Troupe:
 
     def close(self) -> None:
         """Nobody who still waits will be served."""
+        self._closed = True
+        self._call_off()
+
+    def _call_off(self) -> None:
         for request in list(self._waiting):
             request.answer.cancel()
 
@@ -132,6 +140,8 @@ class Troupe:
         served = set(map(id, company))
         # Who came meanwhile stands behind them.
         self._waiting.extendleft(one for one in reversed(waiting) if id(one) not in served)
+        if self._closed:  # meanwhile: then nobody comes for those who were put back
+            self._call_off()
         company = [one for one in company if one.answer.set_running_or_notify_cancel()]
         if len(company) > 1:
             company = self._together(company)

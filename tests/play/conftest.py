@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 from websockets.sync.client import connect
 
@@ -19,7 +18,7 @@ from decmem.codec import Autoencoder
 from decmem.model import WorldModel
 from decmem.play.defaults import PACES, Bounds
 from decmem.play.lobby import Lobby
-from decmem.play.server import build_app, configure
+from decmem.play.server import Server, build_app
 from decmem.play.studio import Studio
 from decmem.presets import TINY
 from decmem.rollout import Session
@@ -120,7 +119,7 @@ class Live:
 
     def __init__(self, studio: Studio, allowed: tuple[str, ...] = ()) -> None:
         self.app = build_app(studio, allowed=allowed)
-        self.server = uvicorn.Server(configure(self.app, "127.0.0.1", 0))
+        self.server = Server(self.app, "127.0.0.1", 0, lambda port: None)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         while not self.server.started:

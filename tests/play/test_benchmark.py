@@ -1,7 +1,7 @@
 """The benchmark of the live page reports what its known inputs mean."""
 
 import asyncio
-import importlib.util
+import importlib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,15 +11,20 @@ import pytest
 MEBI = 2**20
 
 
-@pytest.fixture(scope="module")
-def figures() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "play_figures.py"
-    found = importlib.util.spec_from_file_location("play_figures", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("play_figures")
+
+
+@pytest.fixture
+def phases(figures: ModuleType) -> ModuleType:
+    return importlib.import_module("play_phases")
+
+
+@pytest.fixture
+def soaks(figures: ModuleType) -> ModuleType:
+    return importlib.import_module("play_soak")
 
 
 def memory(
@@ -151,3 +156,127 @@ def test_growth_that_no_world_accounts_for_is_told(figures: ModuleType) -> None:
     found = figures.growth(there, memory(0, 0, 50, 500))
     assert found["resident_beyond_worlds"] == 1000
     assert found["gpu_beyond_worlds_since_idle"] == 600 + 1600 - 500 - 1600 - 200
+
+
+@pytest.mark.parametrize("known", [(4, True), (4, False), (64, True), (1, False), (100, True)])
+def test_a_search_asks_for_nothing_that_is_known(
+    figures: ModuleType, known: tuple[int, bool]
+) -> None:
+    count, held = known
+    largest = 11 if held else 2
+    largest = max(largest, count) if held else min(largest, count - 1)
+    asked = []
+
+    async def holds(count: int) -> bool:
+        asked.append(count)
+        return count <= largest
+
+    found = asyncio.run(figures.most_that_hold(holds, 64, lambda: False, known))
+    assert found == (min(largest, 64), True)
+    assert count not in asked
+    assert all((one > count) == held for one in asked)
+
+
+def test_a_phase_that_is_overdue_says_what_it_waits_for(
+    phases: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = phases.Phases()
+
+    async def walk() -> None:
+        async with run.phase("entering", 60):
+            pass
+        async with run.phase("leaving", 0.01, lambda: "2 are there"):
+            await phases.until(lambda: False)
+
+    with pytest.raises(phases.Overdue, match=r"leaving took longer than 0 s: 2 are there"):
+        asyncio.run(walk())
+    assert list(run.took) == ["entering", "leaving"]
+    assert "leaving: overdue" in capsys.readouterr().err
+
+
+class Host:
+    """A server that tells of its memory as often as it is `patient`."""
+
+    resident = 100 * MEBI
+
+    def __init__(self, patient: int) -> None:
+        self.patient = patient
+        self.inside = 0
+
+    async def memory(self, limit: float) -> dict[str, Any]:
+        if self.patient == 0:
+            await asyncio.sleep(3600)
+        self.patient -= 1
+        return memory(self.inside, self.inside * MEBI, self.resident)
+
+
+class Walker:
+    """A visitor who does as it is told, and enters if it is `welcome`."""
+
+    welcome = True
+
+    def __init__(self, server: Host, seed: int, settings: dict[str, Any]) -> None:
+        self.server = server
+        self.seed = seed
+        self.hello = {"preset": "tiny", "weights": "x"}
+        self.ready, self.stage, self.lost = 0.1, "render 3 of 5", None
+        self.told_bytes, self.stands = 0, False
+
+    async def enter(self) -> None:
+        if not self.welcome and self.seed:
+            await asyncio.sleep(3600)
+        self.told_bytes = MEBI
+        self.server.inside += 1
+
+    async def walk(self, on: bool) -> None:
+        self.stands = not on
+
+    async def leave(self) -> None:
+        self.server.inside -= 1
+
+    def vanish(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        self.heard_at = asyncio.get_running_loop().time() + 3600
+        self.chunks = [
+            {"at": i, "frames": 4, "action_to_frame": None, "times": {"total": 0.1}}
+            for i in range(9)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("patient", "welcome", "stage"),
+    [(99, True, None), (99, False, "render 3 of 5"), (1, True, "stalls"), (0, True, "first visit")],
+    ids=["whole", "shut out", "stalled", "silent"],
+)
+def test_a_soak_that_breaks_off_keeps_what_it_has(
+    soaks: ModuleType,
+    phases: ModuleType,
+    figures: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    patient: int,
+    welcome: bool,
+    stage: str | None,
+) -> None:
+    for name, value in {"Visitor": Walker, "SILENCE": 0.3, "_CALM": 0.0}.items():
+        monkeypatch.setattr(soaks, name, value)
+    monkeypatch.setattr(Walker, "welcome", welcome)
+
+    async def at_once(server: Host, settings: dict[str, Any]) -> dict[str, Any]:
+        return await server.memory(1)
+
+    monkeypatch.setattr(soaks, "warmed", at_once)
+    coming = 60 if welcome and patient else 0.3
+    soak = soaks.Soak(Host(patient), phases.Phases(), 2, 0.3, coming, {})
+    found = asyncio.run(soak.run())
+    assert found["verdict"]["nothing_is_overdue"] == (stage is None)
+    assert figures.told(found)
+    if stage is None:
+        assert all(found["verdict"].values())
+        assert len(found["verdict"]) == 5
+        assert found["rows"][0]["clients"] == 2
+    else:
+        assert stage in found["overdue"]
+        assert (found["memory"]["idle"] is None) == (patient == 0)
+        assert found["rows"] == found["memory"]["samples"] == []
