@@ -54,8 +54,8 @@ class Soak:
         """Its figures; those that there are where a limit was met, or who started it ended it."""
         try:
             until = time.monotonic() + self.coming
-            async with self.phases.phase("first visit", self.coming):
-                self.idle = await warmed(self.server, self.settings)
+            async with self.phases.phase("first visits", self.coming):
+                self.idle = await warmed(self.server, self.settings, len(self.crowd))
             left = max(until - time.monotonic(), 1.0)
             async with self.phases.phase("entering", left, lambda: outside(self.crowd)):
                 await asyncio.gather(*(visitor.enter() for visitor in self.crowd))
@@ -136,13 +136,15 @@ class Soak:
         }
 
 
-async def warmed(server: Server, settings: dict[str, Any]) -> dict[str, Any]:
-    """One short visit, for what is compiled and loaded once is no world's memory; the idle
-    server's memory after it. Waits without a limit of its own."""
-    first = Visitor(server, 0, settings)
-    await first.enter()
-    await asyncio.sleep(2)
-    await first.leave()
+async def warmed(server: Server, settings: dict[str, Any], clients: int = 1) -> dict[str, Any]:
+    """A short visit of one, then of so many at once, for what is compiled, loaded and recorded once
+    is no world's memory; the idle server's memory after it. Waits without a limit of its own."""
+    for count in sorted({1, clients}):
+        crowd = [Visitor(server, i, settings) for i in range(count)]
+        await asyncio.gather(*(visitor.enter() for visitor in crowd))
+        await asyncio.gather(*(visitor.walk(True) for visitor in crowd))
+        await asyncio.sleep(2 if count == 1 else 5)
+        await asyncio.gather(*(visitor.leave() for visitor in crowd))
     return await emptied(server)
 
 

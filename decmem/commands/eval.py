@@ -64,6 +64,16 @@ class Evaluate:
     retrieved: int | None = None
     """Blocks read from the memory; by default what the preset reads."""
 
+    guidance: float | None = None
+    """Strength of action guidance: a second branch in every step. By default what the preset
+    says."""
+
+    retrieve_until: int | None = None
+    """Steps that retrieve; later ones reuse the lists of the last of them. Default every step."""
+
+    share_lists: bool = False
+    """The second branch of guidance reads the lists of the first."""
+
     gemm: Literal["auto", "fp8"] = "auto"
     """Of the blocks' matrix products: fp8 rounds weights and activations to 8 bits, row by row."""
 
@@ -103,19 +113,26 @@ class Evaluate:
             raise UserError("--walks", "none given", "give retrace, free or still")
         if self.steps < 1:
             raise UserError("--steps", f"{self.steps}, expected at least 1", "4 is the default")
+        if self.share_lists and self.guidance is None:
+            problem = "guidance is off, so there is no second branch"
+            raise UserError("--share-lists", problem, "Give --guidance too, for example 1.5")
+        # Many worlds at once keep a GPU busy without graphs.
+        running = Running(
+            graphs="off", retrieve_until=self.retrieve_until, share_lists=self.share_lists
+        )
         protocol = Protocol(seeds, walks, windows, still_windows=STILL_WINDOWS)
 
         def opened(weights: Path | None) -> Session:
-            # Many worlds at once keep a GPU busy without graphs.
             return Session.open(
                 self.preset,
                 weights,
                 self.codec_weights,
                 device=self.device,
                 steps=self.steps,
+                guidance=self.guidance,
                 chunk=self.chunk,
                 retrieved=self.retrieved,
-                running=Running(graphs="off"),
+                running=running,
                 gemm_dtype=FP8 if self.gemm == "fp8" else None,
             )
 
@@ -147,9 +164,11 @@ class Evaluate:
             "window_weights_sha256": window_session.weights_sha256 if window_session else None,
             "device": device,
         }
-        for name, value in (("chunk", self.chunk), ("retrieved", self.retrieved)):
-            if value is not None:
-                header[name] = value
+        for name in ("chunk", "retrieved", "guidance", "retrieve_until"):
+            if getattr(self, name) is not None:
+                header[name] = getattr(self, name)
+        if self.share_lists:
+            header["share_lists"] = True
         if self.gemm != "auto":
             header["gemm"] = self.gemm
         runner = Runner(

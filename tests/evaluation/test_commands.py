@@ -72,9 +72,11 @@ def test_eval_on_tiny(
 
     asked = ["--episodes", "1", "--walks", "still", "--steps", "1", "--device", "cpu"]
     live = ["--chunk", "1", "--retrieved", "3"]
+    live += ["--guidance", "1.5", "--share-lists", "--retrieve-until", "1"]
     assert main(["eval", *weights, *asked, *live, "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
     assert (results["chunk"], results["retrieved"]) == (1, 3)
+    assert (results["guidance"], results["share_lists"], results["retrieve_until"]) == (1.5, True, 1)
     assert {(row["walk"], row["window"]) for row in results["rows"]} == {("still", "226-233")}
     copied = next(
         row["value"]
@@ -97,6 +99,8 @@ def test_eval_on_tiny(
         (["eval", "--walks"], "--walks"),
         (["eval", "--window-weights", "nowhere.safetensors"], "weights"),
         (["eval", "--batch", "0"], "--batch"),
+        (["eval", "--share-lists"], "--share-lists"),
+        (["eval", "--retrieve-until", "0"], "retrieve_until"),
     ],
 )
 def test_bad_requests_name_their_flag_and_leave_nothing(
