@@ -113,6 +113,9 @@ class Evaluate:
             raise UserError("--walks", "none given", "give retrace, free or still")
         if self.steps < 1:
             raise UserError("--steps", f"{self.steps}, expected at least 1", "4 is the default")
+        if self.retrieve_until is not None and self.retrieve_until < 1:
+            problem = f"{self.retrieve_until}, expected at least 1"
+            raise UserError("--retrieve-until", problem, "1 reuses the lists of the first step")
         if self.share_lists and self.guidance is None:
             problem = "guidance is off, so there is no second branch"
             raise UserError("--share-lists", problem, "Give --guidance too, for example 1.5")

@@ -76,7 +76,8 @@ def test_eval_on_tiny(
     assert main(["eval", *weights, *asked, *live, "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
     assert (results["chunk"], results["retrieved"]) == (1, 3)
-    assert (results["guidance"], results["share_lists"], results["retrieve_until"]) == (1.5, True, 1)
+    named = ("guidance", "share_lists", "retrieve_until")
+    assert tuple(results[name] for name in named) == (1.5, True, 1)
     assert {(row["walk"], row["window"]) for row in results["rows"]} == {("still", "226-233")}
     copied = next(
         row["value"]
@@ -100,7 +101,7 @@ def test_eval_on_tiny(
         (["eval", "--window-weights", "nowhere.safetensors"], "weights"),
         (["eval", "--batch", "0"], "--batch"),
         (["eval", "--share-lists"], "--share-lists"),
-        (["eval", "--retrieve-until", "0"], "retrieve_until"),
+        (["eval", "--retrieve-until", "0"], "--retrieve-until"),
     ],
 )
 def test_bad_requests_name_their_flag_and_leave_nothing(
