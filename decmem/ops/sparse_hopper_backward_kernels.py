@@ -5,7 +5,7 @@ values of the listed blocks, for dK and dV queries and output gradients of the b
 key block. Probabilities are made again from the log-sum-exp of the forward.
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
@@ -452,6 +452,19 @@ def suits(q: Tensor, k: Tensor) -> bool:
     PQ, PK, D = q.shape[3], k.shape[3], q.shape[4]
     tiles = hopper_query_tiles(PQ, PK, D), hopper_key_tiles(PQ, PK, D)
     return None not in tiles and PK > 32 and k.shape[0] == q.shape[0]
+
+
+class Faster(NamedTuple):
+    """Whether dQ, and dK with dV, take less time here than by the Triton kernels."""
+
+    queries: bool
+    keys: bool
+
+
+def faster(PQ: int, PK: int) -> Faster:
+    """What was timed on an H100 (`docs/log.md`): a warp group alone shares its loads with nobody,
+    and tiles of 64 rows, where they fit blocks exactly, are Triton's best for dK and dV."""
+    return Faster(PQ > 64, PQ % 64 != 0 or PK % 64 != 0)
 
 
 def run_query_gradient(

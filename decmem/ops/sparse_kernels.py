@@ -76,13 +76,17 @@ def _backward(
     kernels: str, out: Tensor, lse: Tensor, grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     delta = sparse_backward_kernels.run_delta(out, grad)
-    back = sparse_backward_kernels
+    of_queries = of_keys = sparse_backward_kernels
     hopper = sparse_hopper_backward_kernels
     chosen = _hopper_chosen(kernels, q, k, valid)
     if chosen and hopper is not None and hopper.suits(q, k):
-        back = hopper
-    dq = back.run_query_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
-    dk, dv = back.run_key_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
+        faster = hopper.faster(q.shape[3], k.shape[3])
+        if faster.queries or kernels == "hopper":
+            of_queries = hopper
+        if faster.keys or kernels == "hopper":
+            of_keys = hopper
+    dq = of_queries.run_query_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
+    dk, dv = of_keys.run_key_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     return dq, dk, dv
 
 

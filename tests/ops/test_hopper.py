@@ -6,6 +6,7 @@ What only hardware shows (layouts, fences) is tested with the other backends, on
 import importlib.util
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -257,7 +258,7 @@ def test_whose_kernels_run(
     backward: str,
 ) -> None:
     kernel = families(obstacle)
-    q, k, v, lists = inputs(1, 1, 1, 2, 64, 4, 64, 64, 3, 1)
+    q, k, v, lists = inputs(1, 1, 1, 2, 160, 4, 160, 64, 3, 1)
     settled = (q, k, v, lists, None, 0.1, kernels)
     with pytest.raises(Ran, match=f"^{forward}$"):
         kernel._forward._init_fn(*settled)
@@ -269,6 +270,39 @@ def test_whose_kernels_run(
     if backward == "hopper_backward":
         with pytest.raises(Ran, match=r"^backward$"):
             kernel._backward._init_fn(q.repeat(2, 1, 1, 1, 1), *settled[1:], q, q[..., 0], q)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "slots", "queries", "keys"),
+    [
+        ("auto", 160, "hopper_backward", "hopper_backward"),
+        ("auto", 192, "hopper_backward", "backward"),
+        ("auto", 64, "backward", "backward"),
+        ("hopper", 64, "hopper_backward", "hopper_backward"),
+    ],
+)
+def test_the_faster_kernels_go_back(
+    families: Callable[[str | None], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    kernels: str,
+    slots: int,
+    queries: str,
+    keys: str,
+) -> None:
+    kernel = families(None)
+    asked = []
+
+    def noted(family: str, gradients: object, *arguments: object) -> object:
+        asked.append(family)
+        return gradients
+
+    q, k, v, lists = inputs(1, 1, 1, 2, slots, 4, slots, 64, 3, 1)
+    for name in ("backward", "hopper_backward"):
+        module = getattr(kernel, f"sparse_{name}_kernels")
+        monkeypatch.setattr(module, "run_query_gradient", partial(noted, name, q))
+        monkeypatch.setattr(module, "run_key_gradient", partial(noted, name, (k, v)))
+    kernel._backward._init_fn(q, k, v, lists, None, 0.1, kernels, q, q[..., 0], q)
+    assert asked == [queries, keys]
 
 
 def test_asked_by_name_they_say_what_they_cannot_take(
