@@ -10,7 +10,7 @@ from play_phases import Overdue
 HELD = 9.9
 """Frames a second that count as the world's own 10."""
 RETURNED = 0.05
-"""Share of the start that memory may be above it once everybody has left; below is no loss."""
+"""Share of the start that memory may differ by once everybody has left."""
 
 
 def rate(arrivals: Sequence[tuple[float, int]], seconds: float) -> float:
@@ -91,7 +91,7 @@ def verdict(
             they had left. lost: why any was dropped.
     """
     returned = (
-        after[name] <= (1 + RETURNED) * idle[name]
+        abs(after[name] - idle[name]) <= RETURNED * idle[name]
         for name in ("resident_bytes", "gpu_bytes")
         if idle[name] is not None
     )
