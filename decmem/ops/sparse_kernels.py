@@ -17,6 +17,10 @@ try:
     from decmem.ops import sparse_hopper_backward_kernels, sparse_hopper_kernels
 except ImportError:  # Gluon is young: another Triton may lack what these kernels import.
     sparse_hopper_backward_kernels = sparse_hopper_kernels = None
+try:
+    from decmem.ops import sparse_cuda_kernels
+except ImportError:  # The driver's Python bindings come with PyTorch for CUDA.
+    sparse_cuda_kernels = None
 
 
 def hopper_obstacle(q: Tensor, k: Tensor, valid: Tensor | None) -> str | None:
@@ -50,6 +54,9 @@ def _run_forward(
         # (`benchmarks/stored.py`).
         k, v = sparse_restore_kernels.restore_listed(k, v, k_scale, v_scale, lists, q.dtype)
     if chosen and hopper is not None:
+        cuda = sparse_cuda_kernels
+        if cuda is not None and cuda.suits(q, k, valid, lists.shape[-1]):
+            hopper = cuda
         return hopper.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
     return sparse_forward_kernels.run_forward(
         q, k, v, lists, valid, scale, o_alm, gate, k_scale=k_scale, v_scale=v_scale

@@ -53,6 +53,27 @@ class HopperTiles(NamedTuple):
     turns: bool = False
 
 
+class CudaTiles(NamedTuple):
+    """A step has `span` keys, or `brief` where its span holds no more tokens; constants of
+    `sparse_cuda.cu`."""
+
+    span: int
+    brief: int
+    groups: int
+    stages: int
+    ahead: bool
+
+    def shared_bytes(self, D: int) -> int:
+        """Shared memory of a program, without its list."""
+        rest = rest_columns(D)
+        stage = self.span * (128 + 2 * rest + (256 if rest else 128))
+        return self.groups * 64 * (128 + 2 * rest) + self.stages * (stage + 32) + 2048
+
+    def room(self, D: int) -> int:
+        """Bytes that are left for the list."""
+        return 227 * 1024 - self.shared_bytes(D)
+
+
 class Blocks(NamedTuple):
     """A tensor of blocks (B, H, N, P, D) as kernels see it: strides in blocks, 0 where shared."""
 
@@ -220,3 +241,26 @@ def hopper_key_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
     if PQ % rows:
         return None
     return HopperTiles(rows, 0, 1, _ring(rows, 128, width, groups, 8), groups)
+
+
+def rest_columns(D: int) -> int:
+    """Columns beyond the first 64 as `sparse_cuda.cu` stores them."""
+    return 0 if D <= 64 else 16 if D <= 80 else 32 if D <= 96 else 64
+
+
+def cuda_tiles(PQ: int, PK: int, D: int, masked: bool) -> CudaTiles | None:
+    """The default of the forward in CUDA C++, or None where blocks do not suit it.
+
+    Three groups have 168 registers a thread, for two steps' scores and a row's sums where those of
+    the next keys are computed ahead.
+    """
+    groups = _row_tiles(PQ, 64, 3)
+    for span, ahead in ((80, True), (64, groups < 3), (96, False), (80, False), (64, False)):
+        if PK % span or (ahead and groups == 3 and D > 80):
+            continue
+        brief = span - 16 if ahead and masked else span
+        for stages in (4,) if ahead else (4, 2):
+            tiles = CudaTiles(span, brief, groups, stages, ahead)
+            if tiles.room(D) >= 8192:
+                return tiles
+    return None

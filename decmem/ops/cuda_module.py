@@ -1,0 +1,149 @@
+"""CUDA C++ as an operator's backend: compiled when first needed, launched on PyTorch's streams.
+
+NVRTC, the compiler, comes with every PyTorch for CUDA. Compiling takes a second or two and, like
+all first calls, must not happen inside the recording of a CUDA graph; launching may.
+"""
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from cuda.bindings import driver, nvrtc
+from torch import Tensor
+
+
+class CompileError(RuntimeError):
+    """What the compiler said."""
+
+
+def _checked(result: tuple) -> Any:
+    """The values of a call of the driver or the compiler, whose status comes first."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"{type(status).__name__}: {status.name}")
+    return values[0] if len(values) == 1 else values
+
+
+class Compiled(NamedTuple):
+    """Machine code, and the assembler's remarks: registers, what it moved to slow memory."""
+
+    code: bytes
+    remarks: str
+
+
+def compiled(source: str, architecture: str) -> Compiled:
+    """Machine code for `architecture`, such as "sm_90a". Needs no GPU.
+
+    Raises:
+        CompileError: with the compiler's messages, if the source is wrong.
+    """
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
+    options = [f"--gpu-architecture={architecture}".encode(), b"-std=c++17", b"--ptxas-options=-v"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    remarks = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+    _checked(nvrtc.nvrtcGetProgramLog(program, remarks))
+    text = remarks.rstrip(b"\0").decode(errors="replace")
+    if int(status):
+        raise CompileError(text)
+    code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return Compiled(bytes(code), text)
+
+
+def _enter(device: torch.device) -> None:
+    """Makes the driver's current context that of `device`: a fresh thread has none."""
+    torch.cuda.init()
+    wanted = _checked(driver.cuDevicePrimaryCtxRetain(device.index))
+    if int(_checked(driver.cuCtxGetCurrent())) != int(wanted):
+        _checked(driver.cuCtxSetCurrent(wanted))
+
+
+class Kernel:
+    """The function `name` of machine code, loaded on `device`.
+
+    `constant` names an int in the code that says how much shared memory, in bytes, it needs.
+    """
+
+    def __init__(self, compiled: Compiled, name: str, constant: str, device: torch.device) -> None:
+        _enter(device)
+        self.device = device
+        self._module = _checked(driver.cuModuleLoadData(compiled.code))
+        self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+        where, size = _checked(driver.cuModuleGetGlobal(self._module, constant.encode()))
+        value = ctypes.c_int()
+        _checked(driver.cuMemcpyDtoH(ctypes.addressof(value), where, size))
+        self.shared_bytes = value.value
+        most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        self.room = _checked(driver.cuDeviceGetAttribute(most, device.index)) - self.shared_bytes
+        dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self._function, dynamic, self.shared_bytes + self.room))
+
+    def launch(self, programs: int, threads: int, more_bytes: int, *arguments: Any) -> None:
+        """On the current stream; `more_bytes` of shared memory beside what the code asks for.
+
+        Arguments are tensors (their address), None (a null pointer), ints, floats and boxes.
+        """
+        _enter(self.device)
+        held = [_argument(x) for x in arguments]
+        places = (ctypes.c_void_p * len(held))(*(_address(x) for x in held))
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        _checked(
+            driver.cuLaunchKernel(
+                self._function, programs, 1, 1, threads, 1, 1, self.shared_bytes + more_bytes,
+                stream, ctypes.addressof(places), 0,
+            )
+        )  # fmt: skip
+
+
+def _argument(x: Any) -> Any:
+    if x is None or isinstance(x, Tensor):
+        return ctypes.c_void_p(0 if x is None else x.data_ptr())
+    if isinstance(x, int):
+        return ctypes.c_int(x)
+    return ctypes.c_float(x) if isinstance(x, float) else x
+
+
+def _address(x: Any) -> int:
+    return x.address if isinstance(x, BoxMap) else ctypes.addressof(x)
+
+
+class BoxMap(NamedTuple):
+    """A map for the bulk copy engine, as a kernel takes it, and the memory that holds it."""
+
+    address: int
+    memory: Any
+
+
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+
+
+def box_map(x: Tensor, lines: int, columns: int, box: tuple[int, int]) -> BoxMap:
+    """`lines` x `columns` 16-bit numbers from the start of `x` on, for the bulk copy engine.
+
+    It copies boxes of (lines, columns) whose rows of 32, 64 or 128 bytes are swizzled as the
+    tensor cores want them, with zeros where a box reaches beyond the columns.
+    """
+    kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    half = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    kind = half if x.dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    swizzle = getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{2 * box[1]}B")
+    promotion = driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+    # The bindings' own structure does not lie where the driver wants it: on a multiple of 64.
+    memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    address = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+    sizes, pitch = (ctypes.c_uint64 * 2)(columns, lines), (ctypes.c_uint64 * 1)(2 * columns)
+    shape, every = (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1)
+    plain = 0  # neither interleaved nor filled with anything but zeros
+    status = _driver_library().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(address), int(kind), 2, ctypes.c_void_p(x.data_ptr()),
+        sizes, pitch, shape, every, plain, int(swizzle), int(promotion), plain,
+    )  # fmt: skip
+    _checked((driver.CUresult(status),))
+    return BoxMap(address, memory)
+
+
+@functools.cache
+def _driver_library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")

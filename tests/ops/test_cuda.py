@@ -1,0 +1,173 @@
+"""The forward in CUDA C++: assembled without a GPU, and against the definition on a Hopper GPU."""
+
+import re
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from decmem.ops import reference
+from decmem.ops.sparse_tiles import CudaTiles, cuda_tiles
+
+if find_spec("triton") is None or find_spec("cuda") is None:
+    pytest.skip("needs triton and cuda-bindings", allow_module_level=True)
+
+from decmem.ops import cuda_module, sparse_cuda_kernels
+
+SHAPES = {
+    "paper": (160, 160, 72, True),
+    "paper-full": (160, 160, 72, False),
+    "wide": (192, 192, 96, False),
+    "peer": (128, 128, 128, False),
+    "one-group": (64, 64, 64, True),
+    "small-head": (96, 320, 40, True),
+    "large": (192, 192, 128, True),
+    "several-programs": (480, 320, 72, True),
+}
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_assembled_products_stay_in_flight(shape: str, half: bool) -> None:
+    PQ, PK, D, masked = SHAPES[shape]
+    tiles = cuda_tiles(PQ, PK, D, masked)
+    assert tiles is not None
+    for kinds in ({"gate": 1}, {"gate": D, "gate_type": "float"}, {"partial": True}):
+        text = sparse_cuda_kernels.source(PQ, PK, D, tiles, half=half, **kinds)
+        remarks = cuda_module.compiled(text, "sm_90a").remarks
+        # C75..: the assembler lets every matrix instruction wait for the one before.
+        assert "C75" not in remarks
+        spilled = re.findall(r"(\d+) bytes spill stores", remarks)
+        assert spilled == ["0"]
+
+
+def test_a_wrong_source_is_told() -> None:
+    with pytest.raises(cuda_module.CompileError, match="undefined"):
+        cuda_module.compiled("__global__ void f() { unheard_of(); }", "sm_90a")
+
+
+def test_what_does_not_suit() -> None:
+    assert cuda_tiles(160, 48, 64, True) is None
+    q, k = torch.empty(1, 1, 1, 160, 72), torch.empty(1, 1, 1, 160, 72)
+    assert sparse_cuda_kernels.suits(q, k, None, 80)
+    # A list that has no room beside the stages.
+    assert not sparse_cuda_kernels.suits(q, k, None, 100_000)
+
+
+@pytest.fixture
+def hopper() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+
+
+def inputs(
+    B: int, H: int, G: int, Nq: int, Pq: int, Nk: int, Pk: int, D: int, K: int, worlds: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Lists of every length, none included; nobody reads the last block, which is NaN."""
+    q = torch.randn(B, H, Nq, Pq, D)
+    k, v = (torch.randn(worlds, H, Nk, Pk, D) for _ in "kv")
+    lists = torch.full((B, G, Nq, K), -1, dtype=torch.int32)
+    for n, row in enumerate(lists.view(-1, K)):
+        length = K - n % (K + 1)
+        row[:length] = torch.randperm(Nk - 1)[:length].sort().values
+    k[:, :, -1], v[:, :, -1] = float("nan"), float("nan")
+    q, k, v = (x.to("cuda", dtype) for x in (q, k, v))
+    return q, k, v, lists.cuda()
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None) -> Tensor:
+    return reference.block_sparse_attention(q, k.nan_to_num(), v.nan_to_num(), lists, valid)
+
+
+RUNS = {
+    "paper": ((2, 2, 2, 5, 160, 9, 160, 72, 6, 1), [154, 143, 143]),
+    "paper-own-worlds": ((2, 2, 1, 5, 160, 9, 160, 72, 6, 2), [154, 63, 80, 81, 1]),
+    "paper-full": ((1, 2, 2, 7, 160, 9, 160, 72, 5, 1), None),
+    "147": ((1, 2, 2, 3, 147, 9, 160, 72, 5, 1), [147, 1, 160]),
+    "wide": ((2, 2, 2, 4, 192, 9, 192, 96, 5, 1), None),
+    "peer": ((1, 3, 3, 4, 128, 9, 128, 128, 7, 1), [128, 100]),
+    "one-group": ((2, 2, 2, 4, 64, 9, 64, 64, 5, 2), [60, 0]),
+    "small-head": ((1, 2, 2, 4, 96, 7, 320, 40, 4, 1), [300, 320, 17]),
+    "large": ((1, 1, 1, 3, 192, 6, 192, 128, 4, 1), [190, 100]),
+    "several-programs": ((1, 1, 1, 3, 480, 5, 320, 72, 3, 1), [300]),
+    "odd-spans": ((1, 2, 2, 3, 160, 9, 80, 72, 7, 1), [80, 64, 71]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("run", RUNS)
+def test_against_the_definition(run: str, dtype: torch.dtype) -> None:
+    shape, counts = RUNS[run]
+    q, k, v, lists = inputs(*shape, dtype)
+    valid = None if counts is None else torch.tensor(counts, dtype=torch.int32, device="cuda")
+    exact = definition(q.float(), k.float(), v.float(), lists, valid)
+    allowed = 2 * (definition(q, k, v, lists, valid).float() - exact).abs().max() + 1e-3
+    alm = torch.randn_like(q)
+    for split in (1, 3):
+        for columns in (0, 1, shape[7]):
+            gate = torch.rand(*q.shape[:4], columns, device="cuda").to(dtype) if columns else None
+            local = alm if columns else None
+            out, lse = sparse_cuda_kernels.run_forward(
+                q, k, v, lists, valid, shape[7] ** -0.5, local, gate, split
+            )
+            joined = exact if gate is None else alm.float() + gate.float() * exact
+            # Rounding what is joined adds at most half a unit of its last place.
+            unit = joined.abs().max() * 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
+            assert (out.float() - joined).abs().max() <= allowed + unit * bool(columns)
+            assert lse.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(130, 131), slice(None)])
+def test_scores_that_outgrow_the_first_steps(dtype: torch.dtype, rows: slice) -> None:
+    q, k, v, _ = inputs(1, 1, 1, 2, 160, 9, 160, 72, 6, 1, dtype)
+    lists = torch.arange(8, dtype=torch.int32, device="cuda").expand(1, 1, 2, 8).contiguous()
+    # The rows' scores rise by 2^150 and more in the sixth block, far beyond fp32 from there on.
+    k[:, :, 6] = 0.01 * k[:, :, 6].sign()
+    q[:, :, :, rows] = 30.0
+    k[:, :, 5, 7] = 30.0
+    exact = definition(q.float(), k.float(), v.float(), lists, None)
+    out, lse = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 72**-0.5)
+    assert out.isfinite().all()
+    assert lse.max() > 1000
+    same = definition(q, k, v, lists, None)
+    allowed = 2 * (same.float() - exact).abs().max() + 1e-2
+    assert (out.float() - exact).abs().max() <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+def test_company_changes_no_bit() -> None:
+    q, k, v, lists = inputs(2, 2, 2, 5, 160, 9, 160, 72, 6, 1, torch.bfloat16)
+    both, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, split=1)
+    for row in range(2):
+        own = (x[row : row + 1] for x in (q, lists))
+        alone, _ = sparse_cuda_kernels.run_forward(next(own), k, v, next(own), None, 0.1, split=1)
+        assert torch.equal(alone[0], both[row])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        CudaTiles(80, 64, 3, 4, True),
+        CudaTiles(80, 80, 3, 4, True),
+        CudaTiles(80, 80, 3, 2, False),
+        CudaTiles(32, 16, 3, 8, True),
+        CudaTiles(160, 160, 3, 2, False),
+    ],
+    ids=str,
+)
+def test_other_tiles(tiles: CudaTiles) -> None:
+    q, k, v, lists = inputs(1, 2, 2, 5, 160, 9, 160, 72, 6, 1, torch.bfloat16)
+    valid = torch.tensor([154, 143, 143], dtype=torch.int32, device="cuda")
+    exact = definition(q.float(), k.float(), v.float(), lists, valid)
+    out, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, valid, 72**-0.5, tiles=tiles)
+    assert (out.float() - exact).abs().max() < 0.02
