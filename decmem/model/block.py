@@ -17,6 +17,7 @@ from decmem.ops import coding
 from decmem.ops.fp8 import Fp8Rows, gelu_rows
 from decmem.ops.norm import add_norm, add_norm_rows, scaled_norm, scaled_norm_rows
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
+from decmem.ops.window import WindowTable, alone, hopper_serves, window_attention
 
 
 class HeadGain(nn.Module):
@@ -53,25 +54,43 @@ class SpatialAttention(nn.Module):
         self.register_buffer("sin", turn.sin, persistent=False)
         self.cos: Tensor
         self.sin: Tensor
+        self.counts: Tensor | None
+        self.register_buffer("counts", layout.counts, persistent=False)
 
     def forward(self, x: Float[Tensor, "B T S width"] | Fp8Rows) -> Float[Tensor, "B T S width"]:
         qkv = self.qkv(x)
-        q, k, v = self._heads(qkv)
         valid = self.layout.valid_on(qkv.device)
         mask = None if valid is None else valid.flatten()
+        windows = alone(qkv.shape[1])
+        if coding.kernels_serve(qkv) and self._kernels_serve(qkv, windows):
+            q, k, v = self._coded(qkv, heads_last=False)
+            o = window_attention(q, k, v, windows, mask, counts=self.counts)
+            return self.out(o.movedim(1, 3).flatten(-2))
+        q, k, v = self._heads(qkv)
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
         return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, qkv.shape[:2]))
+
+    def _kernels_serve(self, qkv: Float[Tensor, "B T S three_width"], own: WindowTable) -> bool:
+        """Whether the kernels of the window attend inside latents too; `own`: each sees itself."""
+        queries = qkv[..., : qkv.shape[-1] // 3].unflatten(-1, (-1, self.head_dim))
+        return hopper_serves(queries.movedim(3, 1), own, self.counts)
+
+    def _coded(self, qkv: Float[Tensor, "B T S three_width"], heads_last: bool) -> list[Tensor]:
+        """Queries, keys and values by the kernel that norms and turns them."""
+        groups = coding.Groups(0, self.head_dim, 0, 0)
+        back = coding.Places(space=Rotation(self.cos, -self.sin))  # keys are turned back
+        gains = _gains(self.q_norm, self.k_norm)
+        coded = coding.encode_heads(qkv, gains, groups, back, values=False, heads_last=heads_last)
+        return list(coded[:3])
 
     def _heads(self, qkv: Float[Tensor, "B T S three_width"]) -> list[Float[Tensor, "BT H S D"]]:
         """Queries, keys and values, latents as a batch: fused attention takes four dimensions."""
         gains = _gains(self.q_norm, self.k_norm)
         turn = Rotation(self.cos, self.sin)
         if coding.kernels_serve(qkv):
-            groups = coding.Groups(0, self.head_dim, 0, 0)
-            back = coding.Places(space=Rotation(turn.cos, -turn.sin))  # keys are turned back
-            coded = coding.encode_heads(qkv, gains, groups, back, values=False, heads_last=True)
             # Fused attention leaves its output laid out like the queries: heads last, no copy.
-            return [part.flatten(0, 1).transpose(1, 2) for part in coded[:3]]
+            coded = self._coded(qkv, heads_last=True)
+            return [part.flatten(0, 1).transpose(1, 2) for part in coded]
         q, k, v = split_heads(qkv, gains, self.head_dim)
         q, k = (rotate_pairs(part, turn).to(qkv.dtype) for part in (q, k))
         return [part.movedim(1, 2).flatten(0, 1) for part in (q, k, v)]

@@ -108,6 +108,15 @@ def suits(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> bool:
     return tiles is not None and slots * _LIST_ENTRY <= tiles.room(q.shape[4])
 
 
+def _split_of(programs: int, tiles: CudaTiles, slots: int, device: torch.device) -> int:
+    """Parts to cut lists into. Two rounds of programs and more are left as they are: at its power
+    limit the GPU runs faster where some multiprocessors idle, so that a last round that is not
+    full costs less than putting parts together."""
+    if programs >= 2 * torch.cuda.get_device_properties(device).multi_processor_count:
+        return 1
+    return hopper_split_of(programs, tiles.groups, slots, device)
+
+
 def _boxes(x: Blocks, tiles: CudaTiles, width: int):
     """The lines of `x`, from its first to its last, for the copy engine."""
     B, H, N, P, D = x.tensor.shape
@@ -137,7 +146,7 @@ def run_forward(
     keys, values = blocks(k), blocks(v)
     programs = B * H * NQ * cdiv(PQ, 64 * tiles.groups)
     if split is None:
-        split = hopper_split_of(programs, tiles.groups, slots * PK, q.device)
+        split = _split_of(programs, tiles, slots * PK, q.device)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32)
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     alm, gate = _readable(alm, q), _readable(gate, q)

@@ -1,5 +1,6 @@
 """Attention of latents over windows of other latents, given as a table of who sees whom."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -185,6 +186,20 @@ def window_attention(
         out = block_sparse_attention(grouped, k, v, lists[None, None], valid=slots, backend=backend)
         pieces.append(out.unflatten(3, (size, S)).flatten(2, 3))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+@functools.cache
+def alone(latents: int) -> WindowTable:
+    """Every latent sees itself only: attention inside latents as a window."""
+    return WindowTable(torch.eye(latents, dtype=torch.bool))
+
+
+def hopper_serves(
+    q: Float[Tensor, "B H T S D"], windows: WindowTable, counts: Int[Tensor, " M"] | None
+) -> bool:
+    """Whether `window_attention` would be the work of the kernels for Hopper GPUs."""
+    asked = choose_backend("auto", q) == "triton"
+    return asked and _for_hopper(q, q, q, windows, counts) is not None
 
 
 def _for_hopper(

@@ -213,8 +213,9 @@ class Ran(Exception):
 
 
 @pytest.fixture
-def families(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], ModuleType]:
-    """`sparse_kernels` with kernels that only tell their family, on inputs with this obstacle."""
+def families(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, bool], ModuleType]:
+    """`sparse_kernels` with kernels that only tell their family, on inputs with this obstacle, and
+    with lists for which those in CUDA C++ have room or not."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
     from decmem.ops import sparse_kernels
@@ -225,7 +226,7 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], ModuleTy
 
         return tell
 
-    for name in ("forward", "hopper"):
+    for name in ("forward", "hopper", "cuda"):
         module = getattr(sparse_kernels, f"sparse_{name}_kernels")
         monkeypatch.setattr(module, "run_forward", teller(name))
     for name in ("backward", "hopper_backward"):
@@ -233,31 +234,34 @@ def families(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], ModuleTy
         monkeypatch.setattr(module, "run_query_gradient", teller(name))
     monkeypatch.setattr(sparse_kernels.sparse_backward_kernels, "run_delta", lambda *x: x[0])
 
-    def of(obstacle: str | None) -> ModuleType:
-        hopper = sparse_kernels.sparse_hopper_kernels
+    def of(obstacle: str | None, room: bool) -> ModuleType:
+        hopper, cuda = sparse_kernels.sparse_hopper_kernels, sparse_kernels.sparse_cuda_kernels
         monkeypatch.setattr(hopper, "obstacle", lambda q, k, valid: obstacle)
+        monkeypatch.setattr(cuda, "suits", lambda q, k, valid, slots: room)
         return sparse_kernels
 
     return of
 
 
 @pytest.mark.parametrize(
-    ("kernels", "obstacle", "forward", "backward"),
+    ("kernels", "obstacle", "room", "forward", "backward"),
     [
-        ("auto", None, "hopper", "hopper_backward"),
-        ("auto", "needs a Hopper GPU", "forward", "backward"),
-        ("hopper", None, "hopper", "hopper_backward"),
-        ("triton", None, "forward", "backward"),
+        ("auto", None, True, "cuda", "hopper_backward"),
+        ("auto", None, False, "hopper", "hopper_backward"),
+        ("auto", "needs a Hopper GPU", True, "forward", "backward"),
+        ("hopper", None, True, "cuda", "hopper_backward"),
+        ("triton", None, True, "forward", "backward"),
     ],
 )
 def test_whose_kernels_run(
-    families: Callable[[str | None], ModuleType],
+    families: Callable[[str | None, bool], ModuleType],
     kernels: str,
     obstacle: str | None,
+    room: bool,
     forward: str,
     backward: str,
 ) -> None:
-    kernel = families(obstacle)
+    kernel = families(obstacle, room)
     q, k, v, lists = inputs(1, 1, 1, 2, 160, 4, 160, 64, 3, 1)
     settled = (q, k, v, lists, None, 0.1, kernels)
     with pytest.raises(Ran, match=f"^{forward}$"):
@@ -282,14 +286,14 @@ def test_whose_kernels_run(
     ],
 )
 def test_the_faster_kernels_go_back(
-    families: Callable[[str | None], ModuleType],
+    families: Callable[[str | None, bool], ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     kernels: str,
     slots: int,
     queries: str,
     keys: str,
 ) -> None:
-    kernel = families(None)
+    kernel = families(None, True)
     asked = []
 
     def noted(family: str, gradients: object, *arguments: object) -> object:
@@ -306,7 +310,7 @@ def test_the_faster_kernels_go_back(
 
 
 def test_asked_by_name_they_say_what_they_cannot_take(
-    families: Callable[[str | None], ModuleType],
+    families: Callable[[str | None, bool], ModuleType],
 ) -> None:
     kernel = families("takes bfloat16 and float16, not torch.float32")
     q, k, v, lists = inputs(1, 1, 1, 2, 64, 4, 64, 64, 3, 1)
