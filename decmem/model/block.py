@@ -17,7 +17,7 @@ from decmem.ops import coding
 from decmem.ops.fp8 import Fp8Rows, gelu_rows
 from decmem.ops.norm import add_norm, add_norm_rows, scaled_norm, scaled_norm_rows
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
-from decmem.ops.window import WindowTable, alone, hopper_serves, window_attention
+from decmem.ops.window import attention_inside, hopper_serves_inside
 
 
 class HeadGain(nn.Module):
@@ -59,21 +59,19 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T S width"] | Fp8Rows) -> Float[Tensor, "B T S width"]:
         qkv = self.qkv(x)
+        if coding.kernels_serve(qkv) and self._kernels_serve(qkv):
+            o = attention_inside(*self._coded(qkv, heads_last=False), self.counts)
+            return self.out(o.flatten(-2))
+        q, k, v = self._heads(qkv)
         valid = self.layout.valid_on(qkv.device)
         mask = None if valid is None else valid.flatten()
-        windows = alone(qkv.shape[1])
-        if coding.kernels_serve(qkv) and self._kernels_serve(qkv, windows):
-            q, k, v = self._coded(qkv, heads_last=False)
-            o = window_attention(q, k, v, windows, mask, counts=self.counts)
-            return self.out(o.movedim(1, 3).flatten(-2))
-        q, k, v = self._heads(qkv)
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
         return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, qkv.shape[:2]))
 
-    def _kernels_serve(self, qkv: Float[Tensor, "B T S three_width"], own: WindowTable) -> bool:
-        """Whether the kernels of the window attend inside latents too; `own`: each sees itself."""
+    def _kernels_serve(self, qkv: Float[Tensor, "B T S three_width"]) -> bool:
+        """Whether kernels made for attention across latents serve inside them too."""
         queries = qkv[..., : qkv.shape[-1] // 3].unflatten(-1, (-1, self.head_dim))
-        return hopper_serves(queries.movedim(3, 1), own, self.counts)
+        return hopper_serves_inside(queries.movedim(3, 1), self.counts)
 
     def _coded(self, qkv: Float[Tensor, "B T S three_width"], heads_last: bool) -> list[Tensor]:
         """Queries, keys and values by the kernel that norms and turns them."""

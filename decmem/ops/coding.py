@@ -14,6 +14,11 @@ from torch import Tensor
 from decmem.ops.rotary import Rotation
 from decmem.ops.untraced import kernels_serve
 
+try:
+    from decmem.ops import coding_cuda_kernels
+except ImportError:  # The driver's Python bindings come with PyTorch for CUDA.
+    coding_cuda_kernels = None
+
 __all__ = ["Groups", "Places", "decode_heads", "encode_heads", "kernels_serve"]
 
 _ROWS, _WARPS = 4, 1
@@ -186,6 +191,10 @@ def _decode(
     space_cos: Tensor | None, space_sin: Tensor | None,
     surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
 ) -> Tensor:  # fmt: skip
+    if coding_cuda_kernels is not None and coding_cuda_kernels.suits(o, far, gate, groups):
+        return coding_cuda_kernels.run_decode(
+            o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, groups
+        )
     from decmem.ops.coding_kernels import _decode_kernel
 
     B, H, T, S, D = o.shape

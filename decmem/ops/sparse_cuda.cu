@@ -118,6 +118,9 @@ __device__ __forceinline__ float over_quad(float x) {  // the maximum over a row
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+// Where a program's results lie: from `first` on, `step` numbers from row to row.
+struct Place { long long first; int step; };
+
 struct Maps { const TensorMap *keys, *rest, *values; };
 
 // What one warp group does: 64 rows of queries against all spans of the list. With HALF_ROWS only the
@@ -349,7 +352,7 @@ template <bool HALF_ROWS> struct Group {
   // Writes what the thread has, joined with the local branch where there is one.
   __device__ __forceinline__ void finish(
       out_t* __restrict__ out, float* __restrict__ lse, const alm_t* __restrict__ alm,
-      const gate_t* __restrict__ gate, long long line, long long shift, int row0) {
+      const gate_t* __restrict__ gate, long long line, long long shift, int row0, Place place) {
     const int lane = threadIdx.x % 32, low = row0 + threadIdx.x % 128 / 32 * (HALF_ROWS ? 8 : 16) + lane / 4;
 #pragma unroll
     for (int half = 0; half < (HALF_ROWS ? 1 : ROWS_OF_THREAD); ++half) {
@@ -364,7 +367,8 @@ template <bool HALF_ROWS> struct Group {
       const float factor = some ? 1 / sum : 1;
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
-        const long long at = (line + row) * D + 8 * i + 2 * (lane % 4);
+        const int column = 8 * i + 2 * (lane % 4);
+        const long long at = (line + row) * D + column;
         float x = o[4 * i + 2 * half] * factor, y = o[4 * i + 2 * half + 1] * factor;
 #if GATED == 1
         const float g = wide(gate[line + row]);
@@ -375,7 +379,7 @@ template <bool HALF_ROWS> struct Group {
 #if PARTIAL
         *(float2*)(out + shift * D + at) = make_float2(x, y);
 #else
-        *(u32*)(out + at) = packed(x, y);
+        *(u32*)(out + place.first + (long long)row * place.step + column) = packed(x, y);
 #endif
       }
     }
@@ -389,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, GROUPS == 1 ? 3 : 1) 
     const __grid_constant__ TensorMap values, const int* __restrict__ lists, const int* __restrict__ valid,
     out_t* __restrict__ out, float* __restrict__ lse, const alm_t* __restrict__ alm, const gate_t* __restrict__ gate,
     int B, int H, int G, int NQ, int slots, int lists_world, int k_world, int k_head, int v_world, int v_head,
-    int period, int split, float scale) {
+    int period, int split, int heads_last, float scale) {
   extern __shared__ char raw[];
   const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
   // Told by one thread, so that the compiler knows that the warp agrees.
@@ -424,16 +428,18 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, GROUPS == 1 ? 3 : 1) 
   const int steps = __shfl_sync(~0u, (last - first) * SPANS, 0);
   const long long line = ((long long)(b * H + h) * NQ + i) * PQ, shift = (long long)part * B * H * NQ * PQ;
   const int k_line = (b * k_world + h * k_head) * PK, v_line = (b * v_world + h * v_head) * PK;
+  // Heads first as the queries lie, or last as projections want them.
+  const Place place = heads_last ? Place{(((long long)b * NQ + i) * PQ * H + h) * D, H * D} : Place{line * D, D};
   const Maps maps = {&keys, &rest, &values};
   if (HALF_LAST && warp / 4 == GROUPS - 1) {
     Group<true> group(shared, warp / 4, steps, k_line, v_line, scale, maps);
     group.take(q, line, row0, warp / 4);
     group.attend();
-    group.finish(out, lse, alm, gate, line, shift, row0);
+    group.finish(out, lse, alm, gate, line, shift, row0, place);
   } else {
     Group<false> group(shared, warp / 4, steps, k_line, v_line, scale, maps);
     group.take(q, line, row0, warp / 4);
     group.attend();
-    group.finish(out, lse, alm, gate, line, shift, row0);
+    group.finish(out, lse, alm, gate, line, shift, row0, place);
   }
 }

@@ -136,9 +136,12 @@ def _readable(x: Tensor | None, q: Tensor) -> Tensor | None:
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     alm: Tensor | None = None, gate: Tensor | None = None, split: int | None = None,
-    tiles: CudaTiles | None = None,
+    tiles: CudaTiles | None = None, heads_last: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `sparse_kernels.run_forward`, for inputs that these kernels take (`suits`)."""
+    """As `sparse_kernels.run_forward`, for inputs that these kernels take (`suits`).
+
+    `heads_last`: the output is (B, Nq, Pq, H, D); not with a local branch.
+    """
     B, H, NQ, PQ, D = q.shape
     PK, slots = k.shape[3], lists.shape[-1]
     tiles = tiles or cuda_tiles(PQ, PK, D, valid is not None)
@@ -147,7 +150,9 @@ def run_forward(
     programs = B * H * NQ * cdiv(PQ, 64 * tiles.groups)
     if split is None:
         split = _split_of(programs, tiles, slots * PK, q.device)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32)
+    split = 1 if heads_last else split
+    out = q.new_empty(B, NQ, PQ, H, D) if heads_last else torch.empty_like(q)
+    lse = q.new_empty(q.shape[:4], dtype=torch.float32)
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     alm, gate = _readable(alm, q), _readable(gate, q)
     joined = (alm, gate) if split == 1 else (None, None)
@@ -162,7 +167,7 @@ def run_forward(
         lists, valid, *target, *joined,
         B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head,
-        0 if valid is None else valid.shape[0], split, float(scale * LOG2E),
+        0 if valid is None else valid.shape[0], split, int(heads_last), float(scale * LOG2E),
     )  # fmt: skip
     if split > 1:
         merge(target, out, lse, alm, gate)

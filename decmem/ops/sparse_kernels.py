@@ -103,6 +103,25 @@ def _(q, k, v, lists, valid, scale, kernels, out, lse, grad):
     return torch.empty_like(q), dk, dv
 
 
+# Without gradients too: heads side by side, as the next projection wants them.
+@torch.library.custom_op("decmem::block_sparse_heads_last", mutates_args=())
+def _heads_last(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float
+) -> Tensor:
+    cuda = sparse_cuda_kernels
+    chosen = _hopper_chosen("auto", q, k, valid) and k.dtype == q.dtype
+    if chosen and cuda is not None and cuda.suits(q, k, valid, lists.shape[-1]):
+        return cuda.run_forward(q, k, v, lists, valid, scale, heads_last=True)[0]
+    out = _run_forward(q, k, v, lists, valid, scale, "auto")[0]
+    return out.permute(0, 2, 3, 1, 4).contiguous()
+
+
+@_heads_last.register_fake
+def _(q, k, v, lists, valid, scale):
+    B, H, NQ, PQ, D = q.shape
+    return q.new_empty(B, NQ, PQ, H, D)
+
+
 # What has no gradients: the join with a local branch, and keys and values stored in 8 bits.
 @torch.library.custom_op("decmem::decoupled_forward", mutates_args=())
 def _decoupled(
@@ -170,6 +189,14 @@ def block_sparse_attention(
         k, v, *scales = _readable(q, k, v, k_scale, v_scale)
         return _decoupled(None, None, q, k, v, lists, valid, scale, kernels, *scales)
     return _forward(q, k, v, lists, valid, scale, kernels)[0]
+
+
+def heads_last_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """As `block_sparse_attention`, without gradients; (B, Nq, Pq, H, D)."""
+    q, lists, valid, scale = _settled(q, lists, valid, None)
+    return _heads_last(q, k, v, lists, valid, scale)
 
 
 def decoupled_attention(

@@ -189,17 +189,30 @@ def window_attention(
 
 
 @functools.cache
-def alone(latents: int) -> WindowTable:
+def _alone(latents: int) -> WindowTable:
     """Every latent sees itself only: attention inside latents as a window."""
     return WindowTable(torch.eye(latents, dtype=torch.bool))
 
 
-def hopper_serves(
-    q: Float[Tensor, "B H T S D"], windows: WindowTable, counts: Int[Tensor, " M"] | None
-) -> bool:
-    """Whether `window_attention` would be the work of the kernels for Hopper GPUs."""
+def hopper_serves_inside(q: Float[Tensor, "B H T S D"], counts: Int[Tensor, " M"] | None) -> bool:
+    """Whether `attention_inside` takes queries, keys and values like these."""
     asked = choose_backend("auto", q) == "triton"
-    return asked and _for_hopper(q, q, q, windows, counts) is not None
+    return asked and _for_hopper(q, q, q, _alone(q.shape[2]), counts) is not None
+
+
+def attention_inside(
+    q: Float[Tensor, "B H T S D"],
+    k: Float[Tensor, "B H T S D"],
+    v: Float[Tensor, "B H T S D"],
+    counts: Int[Tensor, " M"] | None,
+) -> Float[Tensor, "B T S H D"]:
+    """Tokens attend to those of their own latent, by the kernels for Hopper GPUs, without
+    gradients; heads last. `counts` as of `window_attention`."""
+    from decmem.ops.sparse_kernels import heads_last_attention
+
+    blocks = _for_hopper(q, k, v, _alone(q.shape[2]), counts)
+    assert blocks is not None
+    return heads_last_attention(*blocks).unflatten(1, (q.shape[2], -1)).flatten(2, 3)
 
 
 def _for_hopper(

@@ -5,9 +5,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from decmem.ops import reference
+from decmem.ops import reference, window
 from decmem.ops.sparse_tiles import CudaTiles, cuda_tiles
 
 if find_spec("triton") is None or find_spec("cuda") is None:
@@ -171,3 +172,35 @@ def test_other_tiles(tiles: CudaTiles) -> None:
     exact = definition(q.float(), k.float(), v.float(), lists, valid)
     out, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, valid, 72**-0.5, tiles=tiles)
     assert (out.float() - exact).abs().max() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+def test_heads_last_changes_no_bit() -> None:
+    q, k, v, lists = inputs(2, 3, 3, 5, 160, 9, 160, 72, 6, 1, torch.bfloat16)
+    first, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, split=1)
+    last, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, heads_last=True)
+    assert torch.equal(last, first.permute(0, 2, 3, 1, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_inside_latents(padded: bool) -> None:
+    q, k, v = (torch.randn(2, 3, 4, 960, 72, device="cuda").bfloat16() for _ in "qkv")
+    tokens = torch.tensor([154, 143, 143, 154, 143, 143], dtype=torch.int32, device="cuda")
+    slots = torch.arange(960, device="cuda")
+    valid = slots % 160 < tokens[slots // 160] if padded else slots >= 0
+    counts = tokens if padded else None
+    assert window.hopper_serves_inside(q, counts)
+    with torch.no_grad():
+        out = window.attention_inside(q, k, v, counts)
+    mask = valid[None]
+    exact, same = (
+        F.scaled_dot_product_attention(*(x.to(kind) for x in (q, k, v)), mask)
+        for kind in (torch.float64, torch.bfloat16)
+    )
+    allowed = 2 * (same - exact).abs().max() + 1e-3
+    assert (out.permute(0, 3, 1, 2, 4) - exact).abs().max() <= allowed
+    # Gradients are not theirs.
+    assert not window.hopper_serves_inside(q.requires_grad_(), counts)

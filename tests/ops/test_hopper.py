@@ -312,7 +312,7 @@ def test_the_faster_kernels_go_back(
 def test_asked_by_name_they_say_what_they_cannot_take(
     families: Callable[[str | None, bool], ModuleType],
 ) -> None:
-    kernel = families("takes bfloat16 and float16, not torch.float32")
+    kernel = families("takes bfloat16 and float16, not torch.float32", True)
     q, k, v, lists = inputs(1, 1, 1, 2, 64, 4, 64, 64, 3, 1)
     with pytest.raises(UserError, match=r"backend: 'hopper' takes bfloat16.*triton"):
         kernel._forward._init_fn(q, k, v, lists, None, 0.1, "hopper")
