@@ -87,8 +87,18 @@ def _encode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from decmem.ops.coding_kernels import _encode_kernel
 
-    q, k, v, local_q, local_k = _encoded(qkv, groups, local, heads_last)
+    q, k, v, local_q, local_k = out = _encoded(qkv, groups, local, heads_last)
     T, S, H = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups))
+    if coding_cuda_kernels is not None and coding_cuda_kernels.suits(qkv, H, groups):
+        tables = (
+            query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
+            time_cos, time_sin,
+        )  # fmt: skip
+        coding_cuda_kernels.run_encode(
+            qkv, gains, tables, out, groups, _EPS, local=local, values=values,
+            heads_last=heads_last,
+        )  # fmt: skip
+        return q, k, v, local_q, local_k
     grid, constants = _heads_grid(qkv, H, groups)
     _encode_kernel[grid](
         qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
@@ -191,7 +201,9 @@ def _decode(
     space_cos: Tensor | None, space_sin: Tensor | None,
     surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
 ) -> Tensor:  # fmt: skip
-    if coding_cuda_kernels is not None and coding_cuda_kernels.suits(o, far, gate, groups):
+    if coding_cuda_kernels is not None and coding_cuda_kernels.suits(
+        o, o.shape[1], groups, far, gate
+    ):
         return coding_cuda_kernels.run_decode(
             o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, groups
         )

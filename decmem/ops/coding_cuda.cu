@@ -1,9 +1,10 @@
-// `decode_heads` for 16-bit numbers; what is computed and the names: `coding_kernels`. A program takes
-// TOKENS tokens with all their heads through shared memory, 16 bytes at a time: heads lie far apart on
-// one side and side by side on the other.
+// `encode_heads` and `decode_heads` for 16-bit numbers; what is computed and the names: `coding_kernels`.
+// A program takes TOKENS tokens with all their heads through shared memory, 16 bytes at a time: heads
+// lie far apart on one side and side by side on the other.
 //
-// Defined in front of this text: D, CAMERA, SPACE, SURFACE, TIME (a head's channels), TURNED, GATED,
-// PER_HEAD, TOKENS, THREADS, and HALF for float16.
+// Defined in front of this text: D, CAMERA, SPACE, SURFACE, TIME (a head's channels), TURNED, TOKENS,
+// THREADS, HALF for float16; NORMED, TIMED, LOCAL, VALUES and HEADS_LAST of the encoding; GATED and
+// PER_HEAD of the decoding.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -35,36 +36,138 @@ __device__ __forceinline__ void unpack(float (&x)[8], const u16* from) {
   for (int i = 0; i < 4; ++i) x[2 * i] = wide((u16)pairs[i]), x[2 * i + 1] = wide((u16)(pairs[i] >> 16));
 }
 
+// Cosines and sines of the groups that are turned: by slot, by token and by latent.
+struct Tables { const float *space_cos, *space_sin, *surface_cos, *surface_sin, *time_cos, *time_sin; };
+
 // How a token turns channel d: cosine, sine with its sign, and the channel it is turned with.
 struct Turn { float cos, sin; int partner; };
-__device__ __forceinline__ Turn turn_of(
-    int d, int n, int s, const float* space_cos, const float* space_sin, const float* surface_cos, const float* surface_sin) {
+__device__ __forceinline__ Turn turn_of(int d, int n, int s, int t, Tables tables) {
   constexpr int SURFACE_AT = CAMERA + SPACE, TIME_AT = SURFACE_AT + SURFACE;
-  const int group = d < CAMERA ? 0 : d < SURFACE_AT ? 1 : d < TIME_AT ? 2 : 3;
-  const int start = group == 1 ? CAMERA : SURFACE_AT, half = group == 1 ? SPACE / 2 : SURFACE / 2;
-  if (group == 0 || group == 3 || (group == 2 && !TURNED)) return {1.f, 0.f, d};
-  const bool first = d - start < half;
-  const int pair = first ? d - start : d - start - half;
-  const int at = group == 1 ? s * (SPACE / 2) + pair : n * (SURFACE / 2) + pair;
-  const float cos = (group == 1 ? space_cos : surface_cos)[at], sin = (group == 1 ? space_sin : surface_sin)[at];
-  return {cos, first ? sin : -sin, first ? d + half : d - half};
+  const float *cos = nullptr, *sin = nullptr;
+  int start = 0, pairs = 1, row = 0;
+  if (d >= CAMERA && d < SURFACE_AT)
+    cos = tables.space_cos, sin = tables.space_sin, start = CAMERA, pairs = SPACE / 2, row = s;
+  else if (d >= SURFACE_AT && d < TIME_AT && TURNED)
+    cos = tables.surface_cos, sin = tables.surface_sin, start = SURFACE_AT, pairs = SURFACE / 2, row = n;
+  else if (d >= TIME_AT)
+    cos = tables.time_cos, sin = tables.time_sin, start = TIME_AT, pairs = TIME / 2, row = t;
+  if (cos == nullptr) return {1.f, 0.f, d};
+  const bool first = d - start < pairs;
+  const int at = row * pairs + (d - start) % pairs;
+  return {cos[at], first ? sin[at] : -sin[at], first ? d + pairs : d - pairs};
 }
 
-// Eight channels of one head, decoded.
-__device__ __forceinline__ void decoded(float (&y)[8], const u16* head, const Turn* turns, const float* matrix, int c) {
+// Eight channels of one head: multiplied by the matrix, or by its transpose (ACROSS), and turned, or
+// turned back (BACK); the time group only with WITH_TIME.
+template <bool ACROSS, bool BACK, bool WITH_TIME>
+__device__ __forceinline__ void coded(float (&y)[8], const u16* head, const Turn* turns, const float* matrix, int c) {
   float x[8];
   unpack(x, head + 8 * c);
 #pragma unroll
   for (int quad = 0; quad < 8; quad += 4) {
     if (8 * c + quad < CAMERA) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        y[quad + i] = matrix[4 * i] * x[quad] + matrix[4 * i + 1] * x[quad + 1] + matrix[4 * i + 2] * x[quad + 2] + matrix[4 * i + 3] * x[quad + 3];
+      for (int i = 0; i < 4; ++i) {
+        y[quad + i] = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) y[quad + i] += matrix[ACROSS ? 4 * j + i : 4 * i + j] * x[quad + j];
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const Turn turn = turns[8 * c + quad + i];
-        y[quad + i] = x[quad + i] * turn.cos - wide(head[turn.partner]) * turn.sin;
+        const int d = 8 * c + quad + i;
+        const Turn turn = turns[d];
+        const float turned = wide(head[turn.partner]) * turn.sin;
+        y[quad + i] = !WITH_TIME && d >= D - TIME ? x[quad + i] : x[quad + i] * turn.cos + (BACK ? -turned : turned);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void put(u16* to, const float (&y)[8]) {
+  *(uint4*)to = make_uint4(packed(y[0], y[1]), packed(y[2], y[3]), packed(y[4], y[5]), packed(y[6], y[7]));
+}
+
+// Where head h of token n lies if heads come first.
+__device__ __forceinline__ long long place_of(int n, int h, int T, int S, int H) {
+  const int bt = n / S;
+  return ((((long long)(bt / T) * H + h) * T + bt % T) * S + n % S) * D;
+}
+
+// Rotations and matrices of a program's tokens, once for all heads.
+__device__ __forceinline__ void prepare(Turn* turns, int n0, int N, int T, int S, Tables tables) {
+  for (int x = threadIdx.x; x < TOKENS * D; x += THREADS) {
+    const int n = n0 + x / D;
+    if (n < N) turns[x] = turn_of(x % D, n, n % S, n / S % T, tables);
+  }
+}
+__device__ __forceinline__ void prepare(float* to, int n0, int N, int S, const float* matrix) {
+  for (int x = threadIdx.x; x < TOKENS * 16; x += THREADS)
+    if (n0 + x / 16 < N) to[x] = matrix[(n0 + x / 16) / S * 16 + x % 16];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) encode(
+    const u16* __restrict__ qkv, const float* __restrict__ gains, const float* __restrict__ query_matrix,
+    const float* __restrict__ key_matrix, const float* space_cos, const float* space_sin, const float* surface_cos,
+    const float* surface_sin, const float* time_cos, const float* time_sin, u16* __restrict__ q, u16* __restrict__ k,
+    u16* __restrict__ v, u16* __restrict__ local_q, u16* __restrict__ local_k, int N, int T, int S, int H, float eps) {
+  extern __shared__ __align__(16) char raw[];
+  const int rows = TOKENS * H;
+  u16* const own = (u16*)raw;  // token, then queries, keys or values, then head
+  Turn* const turns = (Turn*)(own + 3 * rows * D);
+  float* const of_queries = (float*)(turns + TOKENS * D);
+  float* const of_keys = of_queries + TOKENS * 16;
+  float* const sizes = of_keys + TOKENS * 16;  // of queries and keys, in the same order
+  const int n0 = blockIdx.x * TOKENS;
+
+  for (int x = threadIdx.x; x < 3 * rows * CHUNKS; x += THREADS)
+    if (n0 + x / (3 * H * CHUNKS) < N) *(uint4*)(own + 8 * x) = *(const uint4*)(qkv + (long long)n0 * 3 * H * D + 8 * x);
+  prepare(turns, n0, N, T, S, Tables{space_cos, space_sin, surface_cos, surface_sin, time_cos, time_sin});
+  if (CAMERA) prepare(of_queries, n0, N, S, query_matrix), prepare(of_keys, n0, N, S, key_matrix);
+  __syncthreads();
+  if (NORMED) {
+    for (int x = threadIdx.x; x < 2 * rows; x += THREADS) {
+      const u16* head = own + (x / (2 * H) * 3 * H + x % (2 * H)) * D;
+      float sum = 0;
+      for (int c = 0; c < CHUNKS; ++c) {
+        float y[8];
+        unpack(y, head + 8 * c);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += y[i] * y[i];
+      }
+      sizes[x] = rsqrtf(sum / D + eps) * gains[x % (2 * H)];
+    }
+    __syncthreads();
+  }
+
+  for (int x = threadIdx.x; x < rows * CHUNKS; x += THREADS) {
+    const int c = x % CHUNKS, row = x / CHUNKS;
+    const int token = HEADS_LAST ? row / H : row % TOKENS, h = HEADS_LAST ? row % H : row / TOKENS, n = n0 + token;
+    if (n >= N) continue;
+    const long long to = (HEADS_LAST ? ((long long)n * H + h) * D : place_of(n, h, T, S, H)) + 8 * c;
+    const Turn* const turn = turns + token * D;
+#pragma unroll
+    for (int part = 0; part < 3; ++part) {
+      const u16* const head = own + (token * 3 * H + part * H + h) * D;
+      const float size = NORMED && part < 2 ? sizes[token * 2 * H + part * H + h] : 1.f;
+      u16* const out = part == 0 ? q : part == 1 ? k : v;
+      if (part == 2 && !VALUES) {
+        *(uint4*)(out + to) = *(const uint4*)(head + 8 * c);
+        continue;
+      }
+      float y[8];
+      if (part == 0) coded<true, false, TIMED>(y, head, turn, of_queries + token * 16, c);
+      else if (part == 1) coded<false, false, TIMED>(y, head, turn, of_keys + token * 16, c);
+      else coded<false, false, false>(y, head, turn, of_keys + token * 16, c);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) y[i] *= size;
+      put(out + to, y);
+      if (LOCAL && part < 2) {
+        if (part == 0) coded<true, false, true>(y, head, turn, of_queries + token * 16, c);
+        else coded<false, false, true>(y, head, turn, of_keys + token * 16, c);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) y[i] *= size;
+        put((part == 0 ? local_q : local_k) + to, y);
       }
     }
   }
@@ -72,8 +175,8 @@ __device__ __forceinline__ void decoded(float (&y)[8], const u16* head, const Tu
 
 extern "C" __global__ void __launch_bounds__(THREADS) decode(
     const u16* __restrict__ local, const u16* __restrict__ far, const u16* __restrict__ gate, const float* __restrict__ matrix,
-    const float* __restrict__ space_cos, const float* __restrict__ space_sin, const float* __restrict__ surface_cos,
-    const float* __restrict__ surface_sin, u16* __restrict__ out, int N, int T, int S, int H) {
+    const float* space_cos, const float* space_sin, const float* surface_cos, const float* surface_sin,
+    u16* __restrict__ out, int N, int T, int S, int H) {
   extern __shared__ __align__(16) char raw[];
   const int rows = TOKENS * H;
   u16* const own = (u16*)raw;
@@ -85,18 +188,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
   for (int x = threadIdx.x; x < rows * CHUNKS; x += THREADS) {
     const int h = x / (TOKENS * CHUNKS), token = x / CHUNKS % TOKENS, c = x % CHUNKS, n = n0 + token;
     if (n >= N) continue;
-    const int bt = n / S, to = (token * H + h) * D + 8 * c;
-    const long long from = (((long long)(bt / T) * H + h) * T + bt % T) * S * D + (long long)(n % S) * D + 8 * c;
+    const int to = (token * H + h) * D + 8 * c;
+    const long long from = place_of(n, h, T, S, H) + 8 * c;
     *(uint4*)(own + to) = *(const uint4*)(local + from);
     if (GATED) *(uint4*)(other + to) = *(const uint4*)(far + from);
   }
-  for (int x = threadIdx.x; x < TOKENS * D; x += THREADS) {
-    const int n = n0 + x / D;
-    if (n < N) turns[x] = turn_of(x % D, n, n % S, space_cos, space_sin, surface_cos, surface_sin);
-  }
-  if (CAMERA)
-    for (int x = threadIdx.x; x < TOKENS * 16; x += THREADS)
-      if (n0 + x / 16 < N) matrices[x] = matrix[(n0 + x / 16) / S * 16 + x % 16];
+  prepare(turns, n0, N, T, S, Tables{space_cos, space_sin, surface_cos, surface_sin, nullptr, nullptr});
+  if (CAMERA) prepare(matrices, n0, N, S, matrix);
   __syncthreads();
 
   for (int x = threadIdx.x; x < rows * CHUNKS; x += THREADS) {
@@ -104,10 +202,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
     if (n >= N) continue;
     const long long nh = (long long)n * H + h, to = nh * D + 8 * c;
     float y[8];
-    decoded(y, own + row * D, turns + token * D, matrices + token * 16, c);
+    coded<false, true, false>(y, own + row * D, turns + token * D, matrices + token * 16, c);
     if (GATED) {
       float z[8], open[8];
-      decoded(z, other + row * D, turns + token * D, matrices + token * 16, c);
+      coded<false, true, false>(z, other + row * D, turns + token * D, matrices + token * 16, c);
       if (PER_HEAD) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) open[i] = wide(gate[nh]);
@@ -117,6 +215,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] += z[i] / (1.f + __expf(-open[i]));
     }
-    *(uint4*)(out + to) = make_uint4(packed(y[0], y[1]), packed(y[2], y[3]), packed(y[4], y[5]), packed(y[6], y[7]));
+    put(out + to, y);
   }
 }

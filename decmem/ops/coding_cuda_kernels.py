@@ -1,6 +1,6 @@
-"""Decoding of heads in CUDA C++ (`coding_cuda.cu`), on any NVIDIA GPU that has bfloat16.
+"""Coding of heads in CUDA C++ (`coding_cuda.cu`), forward, on any NVIDIA GPU that has bfloat16.
 
-What it computes, and its other form in Triton: `coding_kernels`.
+What it computes, and its other form in Triton, which has the gradients: `coding_kernels`.
 """
 
 import functools
@@ -12,37 +12,67 @@ from torch import Tensor
 from decmem.ops.cuda_module import Kernel, compiled
 
 _TOKENS, _THREADS = 4, 256
+_ROOM = 96 * 1024
+"""Shared memory, in bytes, beyond which too few programs run side by side."""
 
 
-def suits(o: Tensor, far: Tensor | None, gate: Tensor | None, groups: list[int]) -> bool:
-    """Whether this kernel takes such inputs."""
-    alike = all(x is None or x.dtype == o.dtype for x in (far, gate))
+def suits(x: Tensor, heads: int, groups: list[int], *others: Tensor | None) -> bool:
+    """Whether these kernels take heads of such groups, and `others` with them."""
+    alike = all(other is None or other.dtype == x.dtype for other in others)
     whole = sum(groups) % 8 == 0 and groups[0] % 4 == 0
-    fits = _shared_bytes(o.shape[1], sum(groups), far is not None) <= 96 * 1024
-    return o.is_cuda and o.element_size() == 2 and alike and whole and fits
+    fits = _shared_bytes(3, heads, sum(groups)) <= _ROOM
+    return x.is_cuda and x.element_size() == 2 and alike and whole and fits
 
 
-def _shared_bytes(heads: int, D: int, gated: bool) -> int:
-    return _TOKENS * (heads * D * 2 * (2 if gated else 1) + D * 12 + 64)
+def _shared_bytes(parts: int, heads: int, D: int) -> int:
+    """Of `parts` rows of each head, rotations and matrices of each token, and norms."""
+    return _TOKENS * (parts * heads * D * 2 + D * 12 + 128 + 8 * heads)
 
 
-def source(groups: list[int], *, turned: bool, gated: bool, per_head: bool, half: bool) -> str:
-    """The kernel for heads whose channels lie in these groups."""
+def source(groups: list[int], *, half: bool, **kinds: bool) -> str:
+    """The kernels for heads whose channels lie in these groups; `kinds`: what else is defined in
+    front of `coding_cuda.cu`, 0 where it is not named."""
     camera, space, surface, time = groups
     constants = {
         "D": sum(groups), "CAMERA": camera, "SPACE": space, "SURFACE": surface, "TIME": time,
-        "TURNED": int(turned), "GATED": int(gated), "PER_HEAD": int(per_head),
         "TOKENS": _TOKENS, "THREADS": _THREADS, "HALF": int(half),
     }  # fmt: skip
+    for kind in (
+        "turned", "normed", "timed", "local", "values", "heads_last", "gated", "per_head",
+    ):  # fmt: skip
+        constants[kind.upper()] = int(kinds.get(kind, False))
     text = resources.files("decmem.ops").joinpath("coding_cuda.cu").read_text(encoding="utf-8")
     return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + text
 
 
 @functools.cache
-def _kernel(device: torch.device, groups: tuple[int, ...], **kinds: bool) -> Kernel:
+def _kernel(name: str, device: torch.device, groups: tuple[int, ...], **kinds: bool) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     code = compiled(source(list(groups), **kinds), f"sm_{major}{minor}")
-    return Kernel(code, "decode", "shared_bytes", device)
+    return Kernel(code, name, "shared_bytes", device)
+
+
+def run_encode(
+    qkv: Tensor, gains: Tensor | None, tables: tuple[Tensor | None, ...], out: list[Tensor],
+    groups: list[int], eps: float, *, local: bool, values: bool, heads_last: bool,
+) -> None:  # fmt: skip
+    """As the operator `decmem::encode_heads`, into `out`, for inputs that `suits` takes.
+
+    `tables`: both matrices, then cosines and sines of space, surface and time.
+    """
+    B, T, S, channels = qkv.shape
+    D = sum(groups)
+    H, tokens = channels // (3 * D), B * T * S
+    timed = tables[6] is not None
+    kernel = _kernel(
+        "encode", qkv.device, tuple(groups), half=qkv.dtype == torch.float16,
+        turned=tables[4] is not None, normed=gains is not None, timed=timed and not local,
+        local=local, values=values, heads_last=heads_last,
+    )  # fmt: skip
+    kernel.launch(
+        -(-tokens // _TOKENS), _THREADS, _shared_bytes(3, H, D), qkv, gains, *tables, *out,
+        tokens, T, S, H, eps,
+    )  # fmt: skip
 
 
 def run_decode(
@@ -54,12 +84,13 @@ def run_decode(
     B, H, T, S, D = o.shape
     out = o.new_empty(B, T, S, H * D)
     kernel = _kernel(
-        o.device, tuple(groups), turned=surface_cos is not None, gated=far is not None,
-        per_head=gate is not None and gate.shape[-1] == H, half=o.dtype == torch.float16,
+        "decode", o.device, tuple(groups), half=o.dtype == torch.float16,
+        turned=surface_cos is not None, gated=far is not None,
+        per_head=gate is not None and gate.shape[-1] == H,
     )  # fmt: skip
     tokens = B * T * S
     kernel.launch(
-        -(-tokens // _TOKENS), _THREADS, _shared_bytes(H, D, far is not None),
+        -(-tokens // _TOKENS), _THREADS, _shared_bytes(1 if far is None else 2, H, D),
         o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out,
         tokens, T, S, H,
     )  # fmt: skip
