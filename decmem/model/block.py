@@ -73,13 +73,15 @@ class SpatialAttention(nn.Module):
         queries = qkv[..., : qkv.shape[-1] // 3].unflatten(-1, (-1, self.head_dim))
         return hopper_serves_inside(queries.movedim(3, 1), self.counts)
 
-    def _coded(self, qkv: Float[Tensor, "B T S three_width"], heads_last: bool) -> list[Tensor]:
+    def _coded(
+        self, qkv: Float[Tensor, "B T S three_width"], heads_last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by the kernel that norms and turns them."""
         groups = coding.Groups(0, self.head_dim, 0, 0)
         back = coding.Places(space=Rotation(self.cos, -self.sin))  # keys are turned back
         gains = _gains(self.q_norm, self.k_norm)
         coded = coding.encode_heads(qkv, gains, groups, back, values=False, heads_last=heads_last)
-        return list(coded[:3])
+        return coded[:3]
 
     def _heads(self, qkv: Float[Tensor, "B T S three_width"]) -> list[Float[Tensor, "BT H S D"]]:
         """Queries, keys and values, latents as a batch: fused attention takes four dimensions."""

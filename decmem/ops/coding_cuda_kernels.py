@@ -9,7 +9,7 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from decmem.ops.cuda_module import Kernel, compiled
+from decmem.ops.cuda_module import Kernel, compiled, compiler_found
 
 _TOKENS, _THREADS = 4, 256
 _ROOM = 96 * 1024
@@ -18,10 +18,13 @@ _ROOM = 96 * 1024
 
 def suits(x: Tensor, heads: int, groups: list[int], *others: Tensor | None) -> bool:
     """Whether these kernels take heads of such groups, and `others` with them."""
+    if not x.is_cuda or not compiler_found():
+        return False
     alike = all(other is None or other.dtype == x.dtype for other in others)
     whole = sum(groups) % 8 == 0 and groups[0] % 4 == 0
     fits = _shared_bytes(3, heads, sum(groups)) <= _ROOM
-    return x.is_cuda and x.element_size() == 2 and alike and whole and fits
+    modern = torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return modern and x.element_size() == 2 and alike and whole and fits
 
 
 def _shared_bytes(parts: int, heads: int, D: int) -> int:

@@ -9,7 +9,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import driver, nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
 
@@ -23,6 +23,15 @@ def _checked(result: tuple) -> Any:
     if int(status):
         raise RuntimeError(f"{type(status).__name__}: {status.name}")
     return values[0] if len(values) == 1 else values
+
+
+@functools.cache
+def compiler_found() -> bool:
+    """Whether there is a compiler, and a PyTorch that is not for other GPUs."""
+    try:
+        return torch.version.hip is None and not int(nvrtc.nvrtcVersion()[0])
+    except (OSError, RuntimeError):  # what the bindings raise where the library is missing
+        return False
 
 
 class Compiled(NamedTuple):

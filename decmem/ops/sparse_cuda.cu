@@ -6,8 +6,8 @@
 // Defined in front of this text: D head dim, PQ and PK slots of a block, SPAN keys of a step (divides
 // PK), BRIEF keys of a step whose span holds no more tokens, GROUPS warp groups, STAGES (a power of
 // two), AHEAD and STEADY (below), HALF for float16, GATED as in the Triton kernels, PARTIAL for lists cut
-// into parts, out_t, alm_t and gate_t, and the matrix instructions: Scores<W>::first and ::more, products of 64 queries with W keys, and
-// `weighted`, of 64 rows of weights with 16 values.
+// into parts, out_t, alm_t and gate_t, and the matrix instructions: Scores<W>::first and ::more, products
+// of 64 queries with W keys, and `weighted`, of 64 rows of weights with 16 values.
 //
 // AHEAD: products with the next keys run while this step's weights are computed.
 // STEADY: after the first two steps a row keeps its shift instead of the running maximum. A softmax is

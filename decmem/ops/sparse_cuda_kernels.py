@@ -10,7 +10,7 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from decmem.ops.cuda_module import Kernel, box_map, compiled
+from decmem.ops.cuda_module import Kernel, box_map, compiled, compiler_found
 from decmem.ops.sparse_forward_kernels import Parts, gated, merge
 from decmem.ops.sparse_tiles import (
     LOG2E,
@@ -105,7 +105,7 @@ def suits(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> bool:
     `slots`: blocks that a list may name.
     """
     tiles = cuda_tiles(q.shape[3], k.shape[3], q.shape[4], valid is not None)
-    return tiles is not None and slots * _LIST_ENTRY <= tiles.room(q.shape[4])
+    return compiler_found() and tiles is not None and slots * _LIST_ENTRY <= tiles.room(q.shape[4])
 
 
 def _split_of(programs: int, tiles: CudaTiles, slots: int, device: torch.device) -> int:

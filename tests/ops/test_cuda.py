@@ -14,7 +14,7 @@ from decmem.ops.sparse_tiles import CudaTiles, cuda_tiles
 if find_spec("triton") is None or find_spec("cuda") is None:
     pytest.skip("needs triton and cuda-bindings", allow_module_level=True)
 
-from decmem.ops import cuda_module, sparse_cuda_kernels
+from decmem.ops import coding_cuda_kernels, cuda_module, sparse_cuda_kernels
 
 SHAPES = {
     "paper": (160, 160, 72, True),
@@ -34,13 +34,29 @@ def test_assembled_products_stay_in_flight(shape: str, half: bool) -> None:
     PQ, PK, D, masked = SHAPES[shape]
     tiles = cuda_tiles(PQ, PK, D, masked)
     assert tiles is not None
-    for kinds in ({"gate": 1}, {"gate": D, "gate_type": "float"}, {"partial": True}):
-        text = sparse_cuda_kernels.source(PQ, PK, D, tiles, half=half, **kinds)
+    kinds: list[dict] = [{"gate": D, "gate_type": "float"}]
+    if shape == "paper":
+        kinds += [{"gate": 1}, {"partial": True}]
+    for kind in kinds:
+        text = sparse_cuda_kernels.source(PQ, PK, D, tiles, half=half, **kind)
         remarks = cuda_module.compiled(text, "sm_90a").remarks
         # C75..: the assembler lets every matrix instruction wait for the one before.
         assert "C75" not in remarks
         spilled = re.findall(r"(\d+) bytes spill stores", remarks)
         assert spilled == ["0"]
+
+
+@pytest.mark.parametrize("groups", [[24, 24, 0, 24], [16, 16, 24, 8], [0, 72, 0, 0]], ids=str)
+def test_the_coding_of_heads_is_assembled(groups: list[int]) -> None:
+    there = {"turned": True, "normed": True, "local": True, "values": True}
+    for kinds in (there, {"heads_last": True, "timed": True}, {"gated": True, "per_head": True}):
+        text = coding_cuda_kernels.source(groups, half=False, **kinds)
+        code, remarks = cuda_module.compiled(text, "sm_80")
+        assert code
+        # Two kernels, neither of which keeps more in slow memory than a few words.
+        spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", remarks)]
+        assert len(spilled) == 2
+        assert max(spilled) <= 16
 
 
 def test_a_wrong_source_is_told() -> None:
