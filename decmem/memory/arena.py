@@ -77,6 +77,12 @@ class Desk:
     keys: Float[Tensor, "B H window S D"]
     values: Float[Tensor, "B H window S D"]
 
+    @property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Of the window's keys and values those of the pass's own latents."""
+        near = len(self.near)
+        return self.keys[:, :, near:], self.values[:, :, near:]
+
 
 @dataclass
 class LayerBank:
@@ -176,7 +182,10 @@ class LayerBank:
             (desk.values, self.values, self.value_scale, v, v_scale),
         ):
             _take(stored, scale, desk.near, window[:, :, :near])
-            window[:, :, near:] = restore(own, own_scale, window.dtype)
+            place = window[:, :, near:]
+            # They may have been computed where they belong.
+            if own.data_ptr() != place.data_ptr():
+                place.copy_(restore(own, own_scale, window.dtype))
 
     @property
     def _places(self) -> tuple[Tensor | None, ...]:
@@ -282,7 +291,9 @@ def _wide(x: Tensor) -> torch.dtype:
 def _put(place: Tensor, slots: Tensor, part: Tensor) -> None:
     """`place[:, :, slots] = part`."""
     wide = _wide(part)
-    place.view(wide).index_copy_(2, slots, part.contiguous().view(wide))
+    whole = all(step * part.element_size() % wide.itemsize == 0 for step in part.stride()[:-1])
+    part = part if part.stride(-1) == 1 and whole else part.contiguous()
+    place.view(wide).index_copy_(2, slots, part.view(wide))
 
 
 def _take(stored: Tensor, scale: Tensor | None, slots: Tensor, out: Tensor) -> None:

@@ -100,7 +100,9 @@ class Memory(nn.Module):
         local_time = None
         if reading.bank is None and not self.position.global_time:
             local_time = self._window_time(reading, reading.key_time)
-        return encode(self.position, reading.position, reading.qkv, reading.gains, local_time)
+        desk = None if reading.bank is None else reading.bank.desk
+        room = None if desk is None else desk.own
+        return encode(self.position, reading.position, reading.qkv, reading.gains, local_time, room)
 
     def _pool(self, reading: Reading, coded: Coded) -> tuple[Tensor, Tensor]:
         """Keys and values that may be read, the pass's own among them."""

@@ -306,6 +306,57 @@ def encode_heads(
     )  # fmt: skip
 
 
+@torch.library.custom_op("decmem::encode_heads_into", mutates_args=("k", "v"))
+def _encode_into(
+    qkv: Tensor, gains: Tensor | None, tables: list[Tensor | None], k: Tensor, v: Tensor,
+    groups: list[int],
+) -> Tensor:  # fmt: skip
+    assert coding_cuda_kernels is not None
+    H, D = k.shape[1], sum(groups)
+    B, T, S, _ = qkv.shape
+    q, unused = qkv.new_empty(B, H, T, S, D), qkv.new_empty(0)
+    coding_cuda_kernels.run_encode(
+        qkv, gains, tuple(tables), [q, k, v, unused, unused], groups, _EPS,
+        local=False, values=True, heads_last=False, latents=k.stride(1) // (S * D),
+    )  # fmt: skip
+    return q
+
+
+@_encode_into.register_fake
+def _(qkv, gains, tables, k, v, groups):
+    B, T, S, _ = qkv.shape
+    return qkv.new_empty(B, k.shape[1], T, S, sum(groups))
+
+
+def encode_heads_into(
+    qkv: Float[Tensor, "B T S three_width"],
+    gains: Float[Tensor, "2 H"] | None,
+    groups: Groups,
+    places: Places,
+    k: Float[Tensor, "B H T S D"],
+    v: Float[Tensor, "B H T S D"],
+) -> Tensor | None:
+    """As `encode_heads` without `local`, keys and values into `k` and `v`: some latents of larger
+    tensors. Without gradients.
+
+    Returns:
+        Queries; None where this is not to be had, and nothing was written.
+    """
+    B, H, T, S, D = k.shape
+    alike = k.stride() == v.stride() and k.stride()[2:] == (S * D, D, 1)
+    whole = k.stride(1) % (S * D) == 0 and (B == 1 or k.stride(0) == H * k.stride(1))
+    serves = coding_cuda_kernels is not None and coding_cuda_kernels.suits(
+        qkv, H, list(groups), k, v
+    )
+    if not (serves and alike and whole) or torch.is_grad_enabled():
+        return None
+    tables = [
+        _table(places.query_matrix), _table(places.key_matrix), *_turn(places.space),
+        *_turn(places.surface), *_turn(places.time),
+    ]  # fmt: skip
+    return _encode_into(qkv.contiguous(), _table(gains), tables, k, v, list(groups))
+
+
 def decode_heads(
     o: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None,

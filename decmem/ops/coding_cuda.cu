@@ -88,10 +88,10 @@ __device__ __forceinline__ void put(u16* to, const float (&y)[8]) {
   *(uint4*)to = make_uint4(packed(y[0], y[1]), packed(y[2], y[3]), packed(y[4], y[5]), packed(y[6], y[7]));
 }
 
-// Where head h of token n lies if heads come first.
-__device__ __forceinline__ long long place_of(int n, int h, int T, int S, int H) {
+// Where head h of token n lies if heads come first, with room for `latents` latents a head.
+__device__ __forceinline__ long long place_of(int n, int h, int T, int S, int H, int latents) {
   const int bt = n / S;
-  return ((((long long)(bt / T) * H + h) * T + bt % T) * S + n % S) * D;
+  return ((((long long)(bt / T) * H + h) * latents + bt % T) * S + n % S) * D;
 }
 
 // Rotations and matrices of a program's tokens, once for all heads.
@@ -106,11 +106,12 @@ __device__ __forceinline__ void prepare(float* to, int n0, int N, int S, const f
     if (n0 + x / 16 < N) to[x] = matrix[(n0 + x / 16) / S * 16 + x % 16];
 }
 
+// Keys and values may have room for more latents a head, `latents` in all; everything else has T.
 extern "C" __global__ void __launch_bounds__(THREADS) encode(
     const u16* __restrict__ qkv, const float* __restrict__ gains, const float* __restrict__ query_matrix,
     const float* __restrict__ key_matrix, const float* space_cos, const float* space_sin, const float* surface_cos,
     const float* surface_sin, const float* time_cos, const float* time_sin, u16* __restrict__ q, u16* __restrict__ k,
-    u16* __restrict__ v, u16* __restrict__ local_q, u16* __restrict__ local_k, int N, int T, int S, int H, float eps) {
+    u16* __restrict__ v, u16* __restrict__ local_q, u16* __restrict__ local_k, int N, int T, int S, int H, int latents, float eps) {
   extern __shared__ __align__(16) char raw[];
   const int rows = TOKENS * H;
   u16* const own = (u16*)raw;  // token, then queries, keys or values, then head
@@ -144,15 +145,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
     const int c = x % CHUNKS, row = x / CHUNKS;
     const int token = HEADS_LAST ? row / H : row % TOKENS, h = HEADS_LAST ? row % H : row / TOKENS, n = n0 + token;
     if (n >= N) continue;
-    const long long to = (HEADS_LAST ? ((long long)n * H + h) * D : place_of(n, h, T, S, H)) + 8 * c;
+    const long long to = (HEADS_LAST ? ((long long)n * H + h) * D : place_of(n, h, T, S, H, T)) + 8 * c;
+    const long long roomy = HEADS_LAST ? to : place_of(n, h, T, S, H, latents) + 8 * c;
     const Turn* const turn = turns + token * D;
 #pragma unroll
     for (int part = 0; part < 3; ++part) {
+      const long long at = part == 0 ? to : roomy;
       const u16* const head = own + (token * 3 * H + part * H + h) * D;
       const float size = NORMED && part < 2 ? sizes[token * 2 * H + part * H + h] : 1.f;
       u16* const out = part == 0 ? q : part == 1 ? k : v;
       if (part == 2 && !VALUES) {
-        *(uint4*)(out + to) = *(const uint4*)(head + 8 * c);
+        *(uint4*)(out + at) = *(const uint4*)(head + 8 * c);
         continue;
       }
       float y[8];
@@ -161,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
       else coded<false, false, false>(y, head, turn, of_keys + token * 16, c);
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] *= size;
-      put(out + to, y);
+      put(out + at, y);
       if (LOCAL && part < 2) {
         if (part == 0) coded<true, false, true>(y, head, turn, of_queries + token * 16, c);
         else coded<false, false, true>(y, head, turn, of_keys + token * 16, c);
@@ -189,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
     const int h = x / (TOKENS * CHUNKS), token = x / CHUNKS % TOKENS, c = x % CHUNKS, n = n0 + token;
     if (n >= N) continue;
     const int to = (token * H + h) * D + 8 * c;
-    const long long from = place_of(n, h, T, S, H) + 8 * c;
+    const long long from = place_of(n, h, T, S, H, T) + 8 * c;
     *(uint4*)(own + to) = *(const uint4*)(local + from);
     if (GATED) *(uint4*)(other + to) = *(const uint4*)(far + from);
   }

@@ -131,12 +131,17 @@ def _pool(x: Tensor, valid: Tensor | None) -> Tensor:
 
     B, H, N, P, D = x.shape
     out = x.new_empty((B, H, N, D), dtype=torch.float32)
+    block, head = P * D, x.stride(1)
+    # Some of the blocks of each head of a larger tensor are read where they lie.
+    apart = x.stride()[2:] == (block, D, 1) and head % block == 0
+    if not (apart and (B == 1 or x.stride(0) == H * head)):
+        x, head = x.contiguous(), N * block
     kinds = None if valid is None else valid.contiguous().view(torch.uint8)
     constants: dict[str, Any] = {
         "P": P, "D": D, "WIDTH": 1 << (D - 1).bit_length(), "TOKENS": 32, "num_warps": 4,
     }  # fmt: skip
     _pool_kernel[(B * H * N,)](
-        x.contiguous(), kinds, out, N, N if valid is None else len(valid), **constants,
+        x, kinds, out, N, N if valid is None else len(valid), head // block, **constants,
         MASKED=valid is not None,
     )  # fmt: skip
     return out

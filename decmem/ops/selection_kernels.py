@@ -56,7 +56,7 @@ def _choose_kernel(
 @triton.jit
 @no_type_check
 def _pool_kernel(
-    X, VALID, OUT, N, PERIOD,
+    X, VALID, OUT, N, PERIOD, room,
     P: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,8 @@ def _pool_kernel(
         here = first + token < P
         if MASKED:
             here &= tl.load(VALID + kind * P + first + token, mask=here, other=0) != 0
-        at = (block * P + first + token)[:, None] * D + d[None, :]
+        # A head of a world has `room` blocks, of which these are the first.
+        at = ((block // N * room + block % N) * P + first + token)[:, None] * D + d[None, :]
         total += tl.load(X + at, mask=here[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         count += here.to(tl.int32)
     mean = tl.sum(total, 0) / tl.sum(count, 0).to(tl.float32)

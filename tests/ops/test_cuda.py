@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decmem.ops import reference, window
+from decmem.ops import coding, reference, window
+from decmem.ops.rotary import rotation
 from decmem.ops.sparse_tiles import CudaTiles, cuda_tiles
 
 if find_spec("triton") is None or find_spec("cuda") is None:
@@ -220,3 +221,26 @@ def test_attention_inside_latents(padded: bool) -> None:
     assert (out.permute(0, 3, 1, 2, 4) - exact).abs().max() <= allowed
     # Gradients are not theirs.
     assert not window.hopper_serves_inside(q.requires_grad_(), counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normed", [True, False])
+def test_keys_and_values_are_encoded_where_they_belong(normed: bool) -> None:
+    B, H, T, S, near = 2, 3, 4, 30, 5
+    qkv = torch.randn(B, T, S, 3 * H * 72, device="cuda").bfloat16()
+    gains = torch.rand(2, H, device="cuda") if normed else None
+    angles = [torch.randn(S, 12), torch.randn(T, 12)]
+    matrices = (torch.randn(B, T, 4, 4, device="cuda") for _ in "qk")
+    space, time = (rotation(x.cuda()) for x in angles)
+    places = coding.Places(*matrices, space=space, time=time)
+    groups = coding.Groups(24, 24, 0, 24)
+    rooms = [torch.full((B, H, near + T, S, 72), 7.0, device="cuda").bfloat16() for _ in "kv"]
+    k, v = (room[:, :, near:] for room in rooms)
+    with torch.no_grad():
+        q = coding.encode_heads_into(qkv, gains, groups, places, k, v)
+        expected = coding.encode_heads(qkv, gains, groups, places)
+    assert q is not None
+    assert all(torch.equal(*pair) for pair in zip((q, k, v), expected, strict=False))
+    assert all((room[:, :, :near] == 7).all() for room in rooms)
+    # Gradients are not theirs.
+    assert coding.encode_heads_into(qkv, gains, groups, places, k, v) is None

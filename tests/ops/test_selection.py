@@ -236,6 +236,9 @@ def test_pooling_by_the_kernel(P: int, D: int, masked: bool, device: str) -> Non
     torch.testing.assert_close(_pool(x, valid), expected.float())
     turned = x.movedim(1, 3).contiguous().movedim(3, 1)
     assert torch.equal(_pool(turned, valid), _pool(x, valid))
+    roomy = torch.full((*x.shape[:2], x.shape[2] + 2, *x.shape[3:]), float("nan")).to(x)
+    roomy[:, :, 1:-1] = x
+    assert torch.equal(_pool(roomy[:, :, 1:-1], valid), _pool(x, valid))
 
 
 @pytest.mark.interpreter
