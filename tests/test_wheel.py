@@ -12,7 +12,7 @@ import pytest
 from decmem import __version__
 
 ROOT = Path(__file__).parent.parent
-PACKAGED = {".py", ".typed", ".safetensors", ".json", ".md", ".html", ".css", ".js", ".svg"}
+PACKAGED = {".cu", ".py", ".typed", ".safetensors", ".json", ".md", ".html", ".css", ".js", ".svg"}
 
 pytestmark = pytest.mark.slow
 

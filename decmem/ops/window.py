@@ -196,8 +196,10 @@ def _alone(latents: int) -> WindowTable:
 
 def hopper_serves_inside(q: Float[Tensor, "B H T S D"], counts: Int[Tensor, " M"] | None) -> bool:
     """Whether `attention_inside` takes queries, keys and values like these."""
-    asked = choose_backend("auto", q) == "triton"
-    return asked and _for_hopper(q, q, q, _alone(q.shape[2]), counts) is not None
+    # Asked first: compilers cannot follow how the table is made.
+    if torch.compiler.is_compiling() or choose_backend("auto", q) != "triton":
+        return False
+    return _for_hopper(q, q, q, _alone(q.shape[2]), counts) is not None
 
 
 def attention_inside(
