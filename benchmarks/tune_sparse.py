@@ -26,14 +26,17 @@ from torch import Tensor
 from decmem.bench.clock import kernel_ms
 from decmem.ops import reference
 from decmem.ops import sparse_backward_kernels as triton_backward
+from decmem.ops import sparse_cuda_backward_kernels as cuda_backward
+from decmem.ops import sparse_cuda_kernels as cuda_forward
 from decmem.ops import sparse_forward_kernels as triton_forward
-from decmem.ops.sparse_tiles import ForwardTiles, HopperTiles, KeyTiles, QueryTiles
-
-try:
-    from decmem.ops import sparse_hopper_backward_kernels as hopper_backward
-    from decmem.ops import sparse_hopper_kernels as hopper_forward
-except ImportError:
-    hopper_backward = hopper_forward = None
+from decmem.ops.sparse_tiles import (
+    CudaKeyTiles,
+    CudaQueryTiles,
+    CudaTiles,
+    ForwardTiles,
+    KeyTiles,
+    QueryTiles,
+)
 
 
 class Shape(NamedTuple):
@@ -76,26 +79,34 @@ class Choice(NamedTuple):
     split: int = 1
 
     @property
+    def cuda(self) -> bool:
+        return isinstance(self.tiles, CudaTiles | CudaQueryTiles | CudaKeyTiles)
+
+    @property
     def name(self) -> str:
-        kernels = "hopper" if isinstance(self.tiles, HopperTiles) else "triton"
+        kernels = "cuda" if self.cuda else "triton"
         split = f" split {self.split}" if self.split > 1 else ""
         return f"{self.what} {self.shape} {kernels} {tuple(self.tiles)}{split}"
 
 
 TRIED: list[tuple[str, str, type, list[tuple]]] = [
-    ("forward", "pair", HopperTiles, [
-        (64, 16, 1, 6, 3), (128, 32, 2, 3, 3), (64, 16, 1, 6, 3, True), (128, 32, 2, 3, 3, True),
+    ("forward", "pair", CudaTiles, [
+        (80, 64, 3, 4, True), (80, 80, 3, 4, True), (80, 80, 3, 2, False),
     ]),
-    ("forward", "wide", HopperTiles, [
-        (64, 0, 1, 6, 3), (64, 0, 1, 6, 3, True), (64, 0, 1, 7, 3), (64, 0, 1, 7, 3, True),
-        (64, 0, 1, 4, 3, True),
+    ("forward", "wide", CudaTiles, [
+        (64, 64, 3, 4, False), (96, 96, 3, 2, False), (96, 96, 3, 4, False),
     ]),
-    ("forward", "peer", HopperTiles, [
-        (64, 0, 1, 3, 2), (64, 0, 1, 3, 2, True), (128, 0, 2, 3, 2), (128, 0, 2, 3, 2, True),
-        (64, 0, 1, 6, 2), (64, 0, 1, 6, 2, True),
+    ("forward", "peer", CudaTiles, [
+        (64, 64, 2, 4, True), (64, 64, 2, 4, False), (128, 128, 2, 2, False),
     ]),
-    ("queries", "train", HopperTiles, [(32, 0, 1, 8, 3), (32, 0, 1, 8, 3, True)]),
-    ("keys", "train", HopperTiles, [(32, 0, 1, 8, 3)]),
+    ("queries", "pair", CudaQueryTiles, [(80, 64, 3, 4), (80, 80, 3, 4)]),
+    ("queries", "wide", CudaQueryTiles, [(64, 64, 3, 4), (48, 48, 3, 4)]),
+    ("queries", "peer", CudaQueryTiles, [(64, 64, 2, 4), (32, 32, 2, 4)]),
+    ("queries", "train", CudaQueryTiles, [(80, 64, 3, 4)]),
+    ("keys", "pair", CudaKeyTiles, [(80, 3, 3), (80, 3, 2), (32, 3, 4)]),
+    ("keys", "wide", CudaKeyTiles, [(48, 3, 3), (48, 3, 2), (32, 3, 4)]),
+    ("keys", "peer", CudaKeyTiles, [(64, 2, 3), (64, 2, 2), (32, 2, 4)]),
+    ("keys", "train", CudaKeyTiles, [(80, 3, 3)]),
     ("forward", "pair", ForwardTiles, [
         (64, 3, 64, 16, 4, 3), (64, 3, 64, 16, 4, 2), (64, 1, 64, 16, 4, 3),
     ]),
@@ -119,15 +130,8 @@ TRIED: list[tuple[str, str, type, list[tuple]]] = [
 
 def choices() -> list[Choice]:
     """What is tried: those above, and one row of the paper in lists cut into parts."""
-    rows = [
-        Choice("forward", "paper", HopperTiles(128, 32, 2, 3, 3, turns), split)
-        for split in (1, 2, 3)
-        for turns in (False, True)
-    ]
-    rows += [
-        Choice("forward", "paper", HopperTiles(64, 16, 1, 6, 3), 2),
-        Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 3), 2),
-    ]
+    rows = [Choice("forward", "paper", CudaTiles(80, 64, 3, 4, True), split) for split in (1, 2, 3)]
+    rows.append(Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 3), 2))
     return rows + [
         Choice(what, shape, tiles(*numbers))
         for what, shape, tiles, many in TRIED
@@ -173,9 +177,8 @@ def small(shape: Shape) -> Shape:
 def call(choice: Choice, x: Inputs, shared: dict) -> Callable[[], Any]:
     """The kernel under test; what the backward needs of the forward is made once for a shape."""
     scale = x.q.shape[-1] ** -0.5
-    hopper = isinstance(choice.tiles, HopperTiles)
     if choice.what == "forward":
-        forward = hopper_forward if hopper else triton_forward
+        forward = cuda_forward if choice.cuda else triton_forward
         return lambda: forward.run_forward(*x, scale, split=choice.split, tiles=choice.tiles)
     if "lse" not in shared:
         out, shared["lse"] = triton_forward.run_forward(*x, scale)
@@ -183,7 +186,7 @@ def call(choice: Choice, x: Inputs, shared: dict) -> Callable[[], Any]:
         shared["delta"] = triton_backward.run_delta(out, shared["grad"])
         shared["inverse"] = triton_backward.inverse_lists(x.lists, x.k.shape[2])
     arguments = (*x, scale, shared["grad"], shared["lse"], shared["delta"], choice.tiles)
-    back = hopper_backward if hopper else triton_backward
+    back = cuda_backward if choice.cuda else triton_backward
     if choice.what == "queries":
         return lambda: back.run_query_gradient(*arguments)
     return lambda: back.run_key_gradient(*arguments, shared["inverse"])
@@ -321,13 +324,13 @@ def supervised(
 
 
 def shares(numbers: list[int], workers: int) -> list[list[int]]:
-    """Numbers for each worker. The kernels for Hopper GPUs keep to workers of their own."""
+    """Numbers for each worker. The kernels in CUDA C++ keep to workers of their own."""
     listed = choices()
-    hopper = [n for n in numbers if isinstance(listed[n].tiles, HopperTiles)]
-    rest = [n for n in numbers if n not in hopper]
-    own = min(len(hopper), max(1, workers // 3))
+    cuda = [n for n in numbers if listed[n].cuda]
+    rest = [n for n in numbers if n not in cuda]
+    own = min(len(cuda), max(1, workers // 3))
     others = max(1, workers - own)
-    return [hopper[w::own] for w in range(own)] + [rest[w::others] for w in range(others)]
+    return [cuda[w::own] for w in range(own)] + [rest[w::others] for w in range(others)]
 
 
 def best(timed: list[tuple[float, float, Choice]]) -> Iterator[str]:

@@ -14,8 +14,8 @@ nowhere are never touched.
 Keys and values may be stored in 8 bits (e4m3) with a scale for every token: `k_scale` and
 `v_scale`, shaped as the blocks with one number a token. Then there are no gradients.
 
-Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of 64 n or 80 n slots;
-forward in CUDA C++, compiled when first needed, where PyTorch's compiler is found, else in Gluon),
+Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of a multiple of 64, 80 or
+96 slots; in CUDA C++, compiled by PyTorch's own compiler when first needed),
 `triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's compiler, again for every
 length of the history), `gather` (everywhere; copies what is listed) and `reference` (everywhere;
 the definition, dense and fp32). Unasked, the first of `hopper`, `triton` and `gather` that can run.

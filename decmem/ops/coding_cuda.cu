@@ -6,29 +6,9 @@
 // THREADS, HALF for float16; NORMED, TIMED, LOCAL, VALUES and HEADS_LAST of the encoding; GATED and
 // PER_HEAD of the decoding.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
 constexpr int CHUNKS = D / 8;
 extern "C" __constant__ int shared_bytes = 0;  // all of it is asked for at the launch
 
-__device__ __forceinline__ float wide(u16 x) {
-  float y;
-#if HALF
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-#else
-  asm("{.reg .b16 z; mov.b16 z, 0; mov.b32 %0, {z, %1};}" : "=f"(y) : "h"(x));
-#endif
-  return y;
-}
-__device__ __forceinline__ u32 packed(float low, float high) {
-  u32 y;
-#if HALF
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#endif
-  return y;
-}
 __device__ __forceinline__ void unpack(float (&x)[8], const u16* from) {
   const uint4 chunk = *(const uint4*)from;
   const u32 pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};

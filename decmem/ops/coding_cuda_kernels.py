@@ -4,12 +4,11 @@ What it computes, and its other form in Triton, which has the gradients: `coding
 """
 
 import functools
-from importlib import resources
 
 import torch
 from torch import Tensor
 
-from decmem.ops.cuda_module import Kernel, compiled, compiler_found
+from decmem.ops.cuda_module import Kernel, compiled, compiler_found, defined, texts
 
 _TOKENS, _THREADS = 4, 256
 _ROOM = 96 * 1024
@@ -44,8 +43,7 @@ def source(groups: list[int], *, half: bool, **kinds: bool) -> str:
         "turned", "normed", "timed", "local", "values", "heads_last", "gated", "per_head",
     ):  # fmt: skip
         constants[kind.upper()] = int(kinds.get(kind, False))
-    text = resources.files("decmem.ops").joinpath("coding_cuda.cu").read_text(encoding="utf-8")
-    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + text
+    return defined(constants) + texts("numbers", "coding")
 
 
 @functools.cache

@@ -6,6 +6,8 @@ all first calls, must not happen inside the recording of a CUDA graph; launching
 
 import ctypes
 import functools
+from collections.abc import Mapping
+from importlib import resources
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +34,17 @@ def compiler_found() -> bool:
         return torch.version.hip is None and not int(nvrtc.nvrtcVersion()[0])
     except (OSError, RuntimeError):  # what the bindings raise where the library is missing
         return False
+
+
+def texts(*names: str) -> str:
+    """The sources NAME_cuda.cu, one after the other."""
+    files = (resources.files("decmem.ops").joinpath(f"{name}_cuda.cu") for name in names)
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def defined(constants: Mapping[str, int | str]) -> str:
+    """What a source takes as known."""
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items())
 
 
 class Compiled(NamedTuple):

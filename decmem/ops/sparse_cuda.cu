@@ -14,15 +14,6 @@
 // the same under any shift; numbers of fp32's and bfloat16's range bear scores 2^100 times those of the
 // first steps. Where that is not enough the groups go over the list again with the running maximum.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-struct alignas(64) TensorMap { u64 words[16]; };
-
-// The head dim in two parts, 64 columns and the rest. A swizzled row of shared memory has 128 bytes; the
-// rest of keys and queries, of which products read 16 columns at a time, takes narrower ones.
-constexpr int MAIN = 64, REST = D > MAIN ? D - MAIN : 0;
-constexpr int REST_PAD = REST == 0 ? 0 : REST <= 16 ? 16 : REST <= 32 ? 32 : 64;
 static_assert(!AHEAD || STAGES >= 4, "the next keys must have been called for a step before");
 constexpr int SPANS = PK / SPAN, PROGRAMS = (PQ + 64 * GROUPS - 1) / (64 * GROUPS);
 // The last group may have no more than 32 rows: one in each upper half of a warp's tile of 16, so that
@@ -32,7 +23,6 @@ constexpr bool HALF_LAST = PROGRAMS == 1 && PQ % 64 != 0 && PQ % 64 <= 32;
 constexpr int Q_BYTES = 64 * 128, Q_REST_BYTES = 64 * REST_PAD * 2;
 constexpr int K_BYTES = SPAN * 128, K_REST_BYTES = SPAN * REST_PAD * 2;
 constexpr int V_BYTES = SPAN * 128, V_REST_BYTES = REST ? SPAN * 128 : 0;
-__host__ __device__ constexpr int up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 constexpr int Q_AT = 0, Q_REST_AT = Q_AT + GROUPS * Q_BYTES;
 constexpr int K_AT = Q_REST_AT + GROUPS * Q_REST_BYTES, K_REST_AT = K_AT + STAGES * K_BYTES;
 constexpr int V_AT = up(K_REST_AT + STAGES * K_REST_BYTES, 1024);
@@ -47,72 +37,6 @@ constexpr float FLOOR = -1e30f, TOO_MUCH = 0x1p100f;
 // Every thread holds columns 8 i + 2 (lane % 4) and the next of two rows of a 64-row result.
 constexpr int ROWS_OF_THREAD = 2;
 
-// Barriers in shared memory.
-__device__ __forceinline__ void bar_init(u32 bar, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count));
-}
-__device__ __forceinline__ void bar_expect(u32 bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bar_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
-__device__ __forceinline__ void bar_wait(u32 bar, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra AGAIN;\nDONE:\n}\n"
-      ::"r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int line, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-      ::"r"(to), "l"(map), "r"(column), "r"(line), "r"(bar) : "memory");
-}
-
-// Matrix instructions run by themselves from the fence before them to the wait after them.
-__device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void mma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-
-// A matrix in shared memory as they want it told: the low word has its place and the distance of
-// neighbours along the leading dimension, the high word that along the other and the swizzle.
-__device__ __forceinline__ u32 place(u32 at, u32 leading) { return at >> 4 | leading >> 4 << 16; }
-template <u32 HIGH> __device__ __forceinline__ u64 matrix(u32 low) {
-  u64 x;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(x) : "r"(low), "n"(HIGH));
-  return x;
-}
-constexpr u32 SWIZZLE_128 = 1, SWIZZLE_REST = REST_PAD == 64 ? 1 : REST_PAD == 32 ? 2 : 3;
-constexpr u32 WIDE = 1024 >> 4 | SWIZZLE_128 << 30, NARROW = 16 * REST_PAD >> 4 | SWIZZLE_REST << 30;
-
-__device__ __forceinline__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float log2_of(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ u32 packed(float low, float high) {
-  u32 y;
-#if HALF
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#endif
-  return y;
-}
-__device__ __forceinline__ float wide(u16 x) {
-  float y;
-#if HALF
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-#else
-  asm("{.reg .b16 z; mov.b16 z, 0; mov.b32 %0, {z, %1};}" : "=f"(y) : "h"(x));
-#endif
-  return y;
-}
-__device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ float over_quad(float x) {  // the maximum over a row's four threads
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -140,22 +64,12 @@ template <bool HALF_ROWS> struct Group {
         q_rest(place(shared + Q_REST_AT + group * Q_REST_BYTES, 16)), steps(steps), k_line(k_line), v_line(v_line),
         feeds(group == GROUPS - 1 && threadIdx.x % 128 == 0), scale(scale), maps(maps), start(0) {}
 
-  // Puts the group's rows of queries where the tensor cores read them, zeros where there are none.
+  // Puts the group's rows of queries where the tensor cores read them.
   __device__ __forceinline__ void take(const u16* __restrict__ q, long long line, int row0, int group) {
-    constexpr int CHUNKS = (MAIN + REST_PAD) / 8;
-    for (int x = threadIdx.x % 128; x < 64 * CHUNKS; x += 128) {
-      const int r = x / CHUNKS, c = x % CHUNKS, row = row0 + (HALF_ROWS ? r / 16 * 8 + r % 8 : r);
-      uint4 value = {0, 0, 0, 0};
-      if (row < PQ && (!HALF_ROWS || r % 16 < 8) && c * 8 < D) value = *(const uint4*)(q + (line + row) * D + c * 8);
-      const int turn = REST_PAD == 64 ? r & 7 : REST_PAD == 32 ? r >> 1 & 3 : r >> 2 & 1;
-      const u32 at = shared + (c < 8 ? Q_AT + group * Q_BYTES + r * 128 + ((c ^ r & 7) << 4)
-                                     : Q_REST_AT + group * Q_REST_BYTES + r * REST_PAD * 2 + ((c - 8 ^ turn) << 4));
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
-                   ::"r"(at), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
-    }
-    // The tensor cores read past the cache of ordinary stores.
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+    put_rows<HALF_ROWS>(
+        shared + Q_AT + group * Q_BYTES, shared + Q_REST_AT + group * Q_REST_BYTES, q, line + row0, PQ - row0);
+    fence_stores();
+    group_sync(group);
   }
 
   // Starts the copies of span `m` once all groups have done with what lies there.
@@ -421,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, GROUPS == 1 ? 3 : 1) 
       bar_init(shared + K_FULL + 8 * s, 1), bar_init(shared + K_FREE + 8 * s, 4 * GROUPS);
       bar_init(shared + V_FULL + 8 * s, 1), bar_init(shared + V_FREE + 8 * s, 4 * GROUPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    bars_are_set();
   }
   __syncthreads();
 

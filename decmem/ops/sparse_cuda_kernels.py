@@ -1,16 +1,15 @@
 """Block-sparse attention for Hopper GPUs, forward, in CUDA C++: `sparse_cuda.cu`, launched.
 
-Faster than the same in Gluon (`sparse_hopper_kernels`), which stays for what this does not take and
-for the backward. One kernel is compiled per shape of blocks.
+One kernel is compiled per shape of blocks.
 """
 
 import functools
-from importlib import resources
 
 import torch
 from torch import Tensor
 
-from decmem.ops.cuda_module import Kernel, box_map, compiled, compiler_found
+from decmem.ops.cuda_module import Kernel, box_map, compiled, compiler_found, defined, texts
+from decmem.ops.matrix_instructions import products, weighted
 from decmem.ops.sparse_forward_kernels import Parts, gated, merge
 from decmem.ops.sparse_tiles import (
     LOG2E,
@@ -18,48 +17,13 @@ from decmem.ops.sparse_tiles import (
     CudaTiles,
     blocks,
     cdiv,
+    cuda_split_of,
     cuda_tiles,
-    hopper_split_of,
     rest_columns,
 )
 
 _LIST_ENTRY = 8
 """Bytes of shared memory for each listed block."""
-
-
-def _matrix_instruction(
-    name: str, width: int, room: str, *, of_registers: bool, fresh: bool, half: bool
-) -> str:
-    """A function of one instruction: 64 rows times 16 deep times `width` columns, added to `d`.
-
-    The left side comes from registers (weights, met with values) or shared memory (queries, met
-    with keys); `fresh` overwrites `d`.
-    """
-    results = width // 2
-    d = ", ".join(f"%{i}" for i in range(results))
-    if of_registers:
-        left, right = ", ".join(f"%{results + i}" for i in range(4)), f"%{results + 4}"
-        left, taken = f"{{{left}}}", "const unsigned (&a)[4]"
-        given = ", ".join(f'"r"(a[{i}])' for i in range(4))
-    else:
-        left, right, taken, given = (
-            f"%{results}",
-            f"%{results + 1}",
-            "unsigned long long a",
-            '"l"(a)',
-        )
-    kind = "f16" if half else "bf16"
-    # Scaled by 1 and 1; values are stored with their columns side by side, all else by rows.
-    flags = "1, 1, 1" if of_registers else "1, 1, 0, 0"
-    written = ", ".join(f'"{"=" if fresh else "+"}f"(d[{i}])' for i in range(results))
-    return (
-        f"__device__ __forceinline__ void {name}"
-        f"(float (&d)[{room}], {taken}, unsigned long long b) {{\n"
-        f'  asm volatile("{{\\n.reg .pred more;\\nsetp.ne.b32 more, {int(not fresh)}, 0;\\n"\n'
-        f'      "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} '
-        f'{{{d}}}, {left}, {right}, more, {flags};\\n}}"\n'
-        f'      : {written} : {given}, "l"(b));\n}}\n'
-    )
 
 
 def source(
@@ -75,22 +39,8 @@ def source(
         "STEADY": int(not half),
         "out_t": "float" if partial else "unsigned short", "alm_t": alm_type, "gate_t": gate_type,
     }  # fmt: skip
-    scores = "template <int W> struct Scores;\n"
-    for width in sorted({tiles.span, tiles.brief}):
-        both = [
-            "static "
-            + _matrix_instruction(
-                name, width, "SPAN / 2", of_registers=False, fresh=name == "first", half=half
-            )
-            for name in ("first", "more")
-        ]
-        scores += f"template <> struct Scores<{width}> {{\n{''.join(both)}}};\n"
-    weighted = _matrix_instruction(
-        "weighted", D, "D / 2", of_registers=True, fresh=False, half=half
-    )
-    defined = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    text = resources.files("decmem.ops").joinpath("sparse_cuda.cu").read_text(encoding="utf-8")
-    return defined + scores + weighted + text
+    instructions = products({tiles.span, tiles.brief}, half) + weighted(D, half)
+    return defined(constants) + instructions + texts("numbers", "hopper", "sparse")
 
 
 @functools.cache
@@ -99,13 +49,24 @@ def _kernel(device: torch.device, PQ: int, PK: int, D: int, tiles: CudaTiles, **
     return Kernel(code, "forward", "shared_bytes", device)
 
 
-def suits(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> bool:
-    """Whether these kernels take inputs that have no `sparse_hopper_kernels.obstacle`.
-
-    `slots`: blocks that a list may name.
-    """
-    tiles = cuda_tiles(q.shape[3], k.shape[3], q.shape[4], valid is not None)
-    return compiler_found() and tiles is not None and slots * _LIST_ENTRY <= tiles.room(q.shape[4])
+def obstacle(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> str | None:
+    """Why these kernels cannot take these inputs and lists of so many `slots`; None if they can."""
+    PQ, PK, D = q.shape[3], k.shape[3], q.shape[4]
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return "needs a Hopper GPU"
+    if not compiler_found():
+        return "needs NVRTC, the compiler that comes with PyTorch for CUDA"
+    if q.element_size() != 2:
+        return f"takes bfloat16 and float16, not {q.dtype}"
+    if D % 8 or not 32 <= D <= 128:
+        return f"takes head dims from 32 to 128 in multiples of 8, not {D}"
+    if valid is not None and valid.dtype == torch.bool:
+        return "takes `valid` as counts, not as slots"
+    tiles = cuda_tiles(PQ, PK, D, valid is not None)
+    if PQ <= 32 or tiles is None:
+        return f"takes blocks of a multiple of 64, 80 or 96 slots, not {PQ} x {PK}"
+    most = tiles.room(D) // _LIST_ENTRY
+    return None if slots <= most else f"takes lists of {most} blocks at most here, not {slots}"
 
 
 def _split_of(programs: int, tiles: CudaTiles, slots: int, device: torch.device) -> int:
@@ -114,7 +75,7 @@ def _split_of(programs: int, tiles: CudaTiles, slots: int, device: torch.device)
     full costs less than putting parts together."""
     if programs >= 2 * torch.cuda.get_device_properties(device).multi_processor_count:
         return 1
-    return hopper_split_of(programs, tiles.groups, slots, device)
+    return cuda_split_of(programs, tiles.groups, slots, device)
 
 
 def _boxes(x: Blocks, tiles: CudaTiles, width: int):
@@ -138,7 +99,7 @@ def run_forward(
     alm: Tensor | None = None, gate: Tensor | None = None, split: int | None = None,
     tiles: CudaTiles | None = None, heads_last: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `sparse_kernels.run_forward`, for inputs that these kernels take (`suits`).
+    """As `sparse_forward_kernels.run_forward`, for inputs without an `obstacle`.
 
     `heads_last`: the output is (B, Nq, Pq, H, D); not with a local branch.
     """

@@ -14,29 +14,25 @@ from decmem.ops import sparse_backward_kernels, sparse_forward_kernels, sparse_r
 from decmem.ops.reference import restored
 
 try:
-    from decmem.ops import sparse_hopper_backward_kernels, sparse_hopper_kernels
-except ImportError:  # Gluon is young: another Triton may lack what these kernels import.
-    sparse_hopper_backward_kernels = sparse_hopper_kernels = None
-try:
-    from decmem.ops import sparse_cuda_kernels
+    from decmem.ops import sparse_cuda_backward_kernels, sparse_cuda_kernels
 except ImportError:  # The driver's Python bindings come with PyTorch for CUDA.
-    sparse_cuda_kernels = None
+    sparse_cuda_backward_kernels = sparse_cuda_kernels = None
 
 
-def hopper_obstacle(q: Tensor, k: Tensor, valid: Tensor | None) -> str | None:
+def hopper_obstacle(q: Tensor, k: Tensor, valid: Tensor | None, lists: Tensor) -> str | None:
     """Why the kernels for Hopper GPUs cannot take these inputs; None if they can."""
-    if sparse_hopper_kernels is None:
-        return "is written for Triton 3.6 or 3.7"
+    if sparse_cuda_kernels is None:
+        return "needs the package cuda-bindings"
     if k.dtype not in (q.dtype, torch.float8_e4m3fn):
         return f"takes keys in the type of the queries, {q.dtype}, not {k.dtype}"
-    return sparse_hopper_kernels.obstacle(q, k, valid)
+    return sparse_cuda_kernels.obstacle(q, k, valid, lists.shape[-1])
 
 
-def _hopper_chosen(kernels: str, q: Tensor, k: Tensor, valid: Tensor | None) -> bool:
+def _hopper_chosen(kernels: str, q: Tensor, k: Tensor, valid: Tensor | None, lists: Tensor) -> bool:
     """Whether the kernels for Hopper GPUs do the work: what runs is decided by shapes alone."""
     if kernels == "triton":
         return False
-    obstacle = hopper_obstacle(q, k, valid)
+    obstacle = hopper_obstacle(q, k, valid, lists)
     if obstacle is not None and kernels == "hopper":
         raise UserError("backend", f"'hopper' {obstacle}", "Use backend='triton'")
     return obstacle is None
@@ -47,17 +43,13 @@ def _run_forward(
     kernels: str, o_alm: Tensor | None = None, gate: Tensor | None = None,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    hopper = sparse_hopper_kernels
-    chosen = _hopper_chosen(kernels, q, k, valid)
+    chosen = _hopper_chosen(kernels, q, k, valid, lists)
     if chosen and k_scale is not None and v_scale is not None:
         # These read 16 bits. They make up for it at every length of the history that was timed
         # (`benchmarks/stored.py`).
         k, v = sparse_restore_kernels.restore_listed(k, v, k_scale, v_scale, lists, q.dtype)
-    if chosen and hopper is not None:
-        cuda = sparse_cuda_kernels
-        if cuda is not None and cuda.suits(q, k, valid, lists.shape[-1]):
-            hopper = cuda
-        return hopper.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
+    if chosen and sparse_cuda_kernels is not None:
+        return sparse_cuda_kernels.run_forward(q, k, v, lists, valid, scale, o_alm, gate)
     return sparse_forward_kernels.run_forward(
         q, k, v, lists, valid, scale, o_alm, gate, k_scale=k_scale, v_scale=v_scale
     )  # fmt: skip
@@ -84,14 +76,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     delta = sparse_backward_kernels.run_delta(out, grad)
     of_queries = of_keys = sparse_backward_kernels
-    hopper = sparse_hopper_backward_kernels
-    chosen = _hopper_chosen(kernels, q, k, valid)
-    if chosen and hopper is not None and hopper.suits(q, k):
-        faster = hopper.faster(q.shape[3], k.shape[3])
-        if faster.queries or kernels == "hopper":
-            of_queries = hopper
-        if faster.keys or kernels == "hopper":
-            of_keys = hopper
+    faster = sparse_cuda_backward_kernels
+    if _hopper_chosen(kernels, q, k, valid, lists) and faster is not None:
+        of_queries = faster if faster.suits_queries(q, k, valid, lists.shape[-1]) else of_queries
+        of_keys = faster if faster.suits_keys(q, k) else of_keys
     dq = of_queries.run_query_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     dk, dv = of_keys.run_key_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
     return dq, dk, dv
@@ -109,8 +97,7 @@ def _heads_last(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float
 ) -> Tensor:
     cuda = sparse_cuda_kernels
-    chosen = _hopper_chosen("auto", q, k, valid) and k.dtype == q.dtype
-    if chosen and cuda is not None and cuda.suits(q, k, valid, lists.shape[-1]):
+    if _hopper_chosen("auto", q, k, valid, lists) and k.dtype == q.dtype and cuda is not None:
         return cuda.run_forward(q, k, v, lists, valid, scale, heads_last=True)[0]
     out = _run_forward(q, k, v, lists, valid, scale, "auto")[0]
     return out.permute(0, 2, 3, 1, 4).contiguous()

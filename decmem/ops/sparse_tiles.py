@@ -8,6 +8,9 @@ from torch import Tensor
 
 LOG2E = math.log2(math.e)
 
+MOST_SHARED_BYTES = 227 * 1024
+"""Shared memory of a program, at most, on a Hopper GPU."""
+
 
 class ForwardTiles(NamedTuple):
     """A program has `tiles` tiles of `rows` query rows; a step has `keys` + `tail` keys."""
@@ -39,23 +42,9 @@ class KeyTiles(NamedTuple):
     stages: int
 
 
-class HopperTiles(NamedTuple):
-    """A stage holds `keys` + `tail` keys, read in `pieces` steps; `groups` of 64 rows share it.
-
-    With `turns`, the groups take turns at the tensor cores (forward and dQ).
-    """
-
-    keys: int
-    tail: int
-    pieces: int
-    stages: int
-    groups: int
-    turns: bool = False
-
-
 class CudaTiles(NamedTuple):
-    """A step has `span` keys, or `brief` where its span holds no more tokens; constants of
-    `sparse_cuda.cu`."""
+    """Of the forward in CUDA C++: a step has `span` keys, or `brief` where its span holds no more
+    tokens; constants of `sparse_cuda.cu`."""
 
     span: int
     brief: int
@@ -71,7 +60,41 @@ class CudaTiles(NamedTuple):
 
     def room(self, D: int) -> int:
         """Bytes that are left for the list."""
-        return 227 * 1024 - self.shared_bytes(D)
+        return MOST_SHARED_BYTES - self.shared_bytes(D)
+
+
+class CudaQueryTiles(NamedTuple):
+    """The same of dQ; constants of `sparse_query_gradient_cuda.cu`."""
+
+    span: int
+    brief: int
+    groups: int
+    stages: int
+
+    def shared_bytes(self, D: int) -> int:
+        """Shared memory of a program, without its list."""
+        rest = rest_columns(D)
+        stage = self.span * (256 + 2 * rest + (128 if rest else 0))
+        return self.groups * 64 * (128 + 2 * rest) + self.stages * (stage + 16) + 3072
+
+    def room(self, D: int) -> int:
+        """Bytes that are left for the list."""
+        return MOST_SHARED_BYTES - self.shared_bytes(D)
+
+
+class CudaKeyTiles(NamedTuple):
+    """Of dK and dV: a step has `span` queries; constants of `sparse_key_gradient_cuda.cu`."""
+
+    span: int
+    groups: int
+    stages: int
+
+    def shared_bytes(self, PK: int, D: int) -> int:
+        """Shared memory of a program."""
+        rest = rest_columns(D)
+        own = -(-2 * PK * (128 + 2 * rest) // 1024) * 1024
+        stage = self.span * (256 + (256 if rest else 0) + 8)
+        return 2 * own + self.stages * (stage + 16) + 96 + 1024
 
 
 class Blocks(NamedTuple):
@@ -182,9 +205,6 @@ def key_tiles(PQ: int, PK: int, D: int, element_size: int) -> KeyTiles:
     return KeyTiles(64 if PQ % 64 == 0 else 32, keys, _warps(keys), 2)
 
 
-# What a program may use of a multiprocessor's shared memory, less a little for barriers.
-_SHARED_BYTES = 225 * 1024
-
 # Programs of one warp group are small enough for so many to run side by side.
 _PER_MULTIPROCESSOR = 3
 
@@ -192,8 +212,8 @@ _PER_MULTIPROCESSOR = 3
 _MERGE = 460
 
 
-def hopper_split_of(programs: int, groups: int, slots: int, device: torch.device) -> int:
-    """Parts the forward for Hopper GPUs cuts lists into: as few rounds of programs as may be.
+def cuda_split_of(programs: int, groups: int, slots: int, device: torch.device) -> int:
+    """Parts the forward in CUDA C++ cuts lists into: as few rounds of programs as may be.
 
     `slots`: of keys that a list names. Programs of two and three warp groups fill a
     multiprocessor, so that 576 of them leave 132 multiprocessors idle for most of a fifth round,
@@ -205,42 +225,6 @@ def hopper_split_of(programs: int, groups: int, slots: int, device: torch.device
     room *= _PER_MULTIPROCESSOR if groups == 1 else 1
     merging = _MERGE * programs / room / slots
     return min((1, 2, 3, 4), key=lambda n: cdiv(programs * n, room) / n + (merging if n > 1 else 0))
-
-
-def _ring(rows: int, own: int, width: int, groups: int, most: int) -> int:
-    """Stages of `rows` rows of two tensors that fit beside `own` rows a group."""
-    room = _SHARED_BYTES // (_PER_MULTIPROCESSOR if groups == 1 else 1) - groups * own * width * 2
-    return min(most, max(3, room // (2 * rows * width * 2)))
-
-
-def hopper_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
-    """The default for warp groups, or None where blocks do not suit them."""
-    groups, width = _row_tiles(PQ, 64, 3), sum(columns(D))
-    if PK % 160 == 0 and PK % 64 and width <= 80 and groups > 1:
-        return HopperTiles(128, 32, 2, 3, groups)
-    for keys, tail in ((64, 0), (64, 16)):
-        if PK % (keys + tail) == 0:
-            stages = _ring(keys + tail, 64, width, groups, 6)
-            return HopperTiles(keys, tail, 1, stages, groups)
-    return None
-
-
-def hopper_query_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
-    """The same for dQ. Three groups have registers for 32 keys at a time, two for 64."""
-    groups, width = _row_tiles(PQ, 64, 3), sum(columns(D))
-    keys = 64 if groups < 3 and PK % 64 == 0 else 32
-    if PK % keys:
-        return None
-    return HopperTiles(keys, 0, 1, _ring(keys, 128, width, groups, 8), groups)
-
-
-def hopper_key_tiles(PQ: int, PK: int, D: int) -> HopperTiles | None:
-    """The same for dK and dV, where groups own keys and `keys` are rows of queries."""
-    groups, width = _row_tiles(PK, 64, 3), sum(columns(D))
-    rows = 64 if groups < 3 and D <= 64 and PQ % 64 == 0 else 32
-    if PQ % rows:
-        return None
-    return HopperTiles(rows, 0, 1, _ring(rows, 128, width, groups, 8), groups)
 
 
 def rest_columns(D: int) -> int:
@@ -263,4 +247,35 @@ def cuda_tiles(PQ: int, PK: int, D: int, masked: bool) -> CudaTiles | None:
             tiles = CudaTiles(span, brief, groups, stages, ahead)
             if tiles.room(D) >= 8192:
                 return tiles
+    return None
+
+
+def cuda_query_tiles(PQ: int, PK: int, D: int, masked: bool) -> CudaQueryTiles | None:
+    """The same of dQ. A group alone shares its loads with nobody: Triton's is faster."""
+    groups = _row_tiles(PQ, 64, 3)
+    if groups == 1:
+        return None
+    for span in (80, 64, 96, 32):
+        # Registers for the gradient, queries and two products, of the 168 or more of a thread.
+        if PK % span == 0 and D // 2 + D // 4 + span <= (138 if groups == 3 else 210):
+            brief = span - 16 if masked else span
+            for stages in (4, 2):
+                tiles = CudaQueryTiles(span, brief, groups, stages)
+                if tiles.room(D) >= 8192:
+                    return tiles
+    return None
+
+
+def cuda_key_tiles(PQ: int, PK: int, D: int) -> CudaKeyTiles | None:
+    """The same of dK and dV, for blocks of keys for two groups or three."""
+    if not 64 < PK <= 192 or PK % 16:
+        return None
+    groups = cdiv(PK, 64)
+    for span in (80, 64, 48, 32):
+        # Registers for both gradients, scores and weights, of the 160 or 240 that a thread has.
+        if PQ % span == 0 and D + span // 2 + span // 4 <= (132 if groups == 3 else 212):
+            for stages in (4, 3, 2):
+                tiles = CudaKeyTiles(span, groups, stages)
+                if tiles.shared_bytes(PK, D) <= MOST_SHARED_BYTES:
+                    return tiles
     return None

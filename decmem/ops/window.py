@@ -233,7 +233,8 @@ def _for_hopper(
     from decmem.ops.sparse_kernels import hopper_obstacle
 
     blocks = window_blocks(q, k, v, lists, counts)
-    return blocks if hopper_obstacle(blocks.q, blocks.k, blocks.valid) is None else None
+    obstacle = hopper_obstacle(blocks.q, blocks.k, blocks.valid, blocks.lists)
+    return blocks if obstacle is None else None
 
 
 def _attend_slice(q: Tensor, k: Tensor, v: Tensor, span: Span, valid: Tensor | None) -> Tensor:

@@ -173,8 +173,8 @@ def test_who_reads_what_is_stored(
         return ran_it
 
     obstacle = None if serves else "needs a Hopper GPU"
-    hopper = sparse_kernels.sparse_hopper_kernels
-    monkeypatch.setattr(hopper, "obstacle", lambda q, k, valid: obstacle)
+    hopper = sparse_kernels.sparse_cuda_kernels
+    monkeypatch.setattr(hopper, "obstacle", lambda q, k, valid, slots: obstacle)
     monkeypatch.setattr(hopper, "run_forward", run("hopper"))
     monkeypatch.setattr(sparse_kernels.sparse_forward_kernels, "run_forward", run("forward"))
     monkeypatch.setattr(sparse_restore_kernels, "restore_listed", restored)

@@ -147,7 +147,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., WindowBlocks | Non
         table: Tensor, padded: bool = False, counts: Tensor | None = None, backend: str = "auto",
         obstacle: str | None = None, learning: bool = False,
     ) -> WindowBlocks | None:  # fmt: skip
-        monkeypatch.setattr(sparse_kernels, "hopper_obstacle", lambda q, k, valid: obstacle)
+        monkeypatch.setattr(sparse_kernels, "hopper_obstacle", lambda *asked: obstacle)
         chosen = "triton" if backend == "auto" else backend
         monkeypatch.setattr(window, "choose_backend", lambda asked, q: chosen)
         valid = torch.ones(384, dtype=torch.bool) if padded else None

@@ -1,0 +1,228 @@
+// Block-sparse attention for Hopper GPUs, gradient of the queries. Programs, groups and the ring of stages
+// as in `sparse_cuda`; weights are made again from the forward's log-sum-exp.
+//
+// Defined in front of this text, besides what `hopper_cuda` wants: PQ and PK slots of a block, SPAN keys
+// of a step (divides PK), BRIEF keys of a step whose span holds no more tokens, GROUPS warp groups,
+// STAGES (a power of two), and the matrix instructions: Scores<W>::first and ::more, products of 64 rows
+// with W keys, and `weighted`, of 64 rows with 16 keys.
+//
+// Queries lie in registers and gradients of the output in shared memory: its bandwidth is nearly used up
+// where tensor cores read both from there, and registers where they read neither.
+
+constexpr int SPANS = PK / SPAN, PROGRAMS = (PQ + 64 * GROUPS - 1) / (64 * GROUPS);
+// As in the forward: no thread works for rows that do not exist.
+constexpr bool HALF_LAST = PROGRAMS == 1 && PQ % 64 != 0 && PQ % 64 <= 32;
+// Where things lie in shared memory, in bytes.
+constexpr int G_BYTES = 64 * 128, G_REST_BYTES = 64 * REST_PAD * 2;
+constexpr int K_BYTES = SPAN * 128, K_STAGE = K_BYTES * (REST ? 2 : 1);
+constexpr int V_BYTES = SPAN * 128, V_REST_BYTES = SPAN * REST_PAD * 2;
+constexpr int G_AT = 0, G_REST_AT = G_AT + GROUPS * G_BYTES;
+constexpr int K_AT = up(G_REST_AT + GROUPS * G_REST_BYTES, 1024), V_AT = K_AT + STAGES * K_STAGE;
+constexpr int V_REST_AT = V_AT + STAGES * V_BYTES;
+constexpr int FULL = up(V_REST_AT + STAGES * V_REST_BYTES, 1024), FREE = FULL + 8 * STAGES;
+constexpr int LIST = FREE + 8 * STAGES;  // of each listed block its number and its tokens
+// Without the list; the rest of the 1024 is for the alignment.
+extern "C" __constant__ int shared_bytes = LIST + 1024;
+
+struct Maps { const TensorMap *keys, *values, *rest; };
+
+// Slices of the head dim that products take.
+constexpr int SLICES = (D + 15) / 16;
+
+// What one warp group does: 64 rows of one query block against all spans of the list. With HALF_ROWS
+// only the upper eight rows of each warp's sixteen exist.
+template <bool HALF_ROWS> struct Group {
+  const u32 shared, g_main, g_rest;
+  const int steps, k_line, v_line;
+  const bool feeds;
+  const float scale;
+  const Maps maps;
+  u32 queries[SLICES][4];
+  float lse0, lse1, delta0, delta1, dq[D / 2];
+
+  __device__ __forceinline__ Group(
+      u32 shared, int group, int steps, int k_line, int v_line, float scale, Maps maps)
+      : shared(shared), g_main(place(shared + G_AT + group * G_BYTES, 16)),
+        g_rest(place(shared + G_REST_AT + group * G_REST_BYTES, 16)), steps(steps), k_line(k_line), v_line(v_line),
+        feeds(group == GROUPS - 1 && threadIdx.x % 128 == 0), scale(scale), maps(maps) {}
+
+  // The first of a thread's two rows; the other is eight further.
+  __device__ __forceinline__ int row_of_thread(int row0) {
+    return row0 + threadIdx.x % 128 / 32 * (HALF_ROWS ? 8 : 16) + threadIdx.x % 32 / 4;
+  }
+
+  __device__ __forceinline__ void take(
+      const u16* __restrict__ q, const u16* __restrict__ grad, const float* __restrict__ lse,
+      const float* __restrict__ delta, long long line, int row0, int group) {
+    const int row = row_of_thread(row0);
+#pragma unroll
+    for (int k = 0; k < SLICES; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = row + 8 * (i % 2), column = 16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4);
+        const bool there = r < PQ && column < D && !(HALF_ROWS && i % 2);
+        queries[k][i] = there ? *(const u32*)(q + (line + r) * D + column) : 0;
+      }
+    put_rows<HALF_ROWS>(
+        shared + G_AT + group * G_BYTES, shared + G_REST_AT + group * G_REST_BYTES, grad, line + row0, PQ - row0);
+    lse0 = lse1 = delta0 = delta1 = 0;
+    if (row < PQ) lse0 = lse[line + row], delta0 = delta[line + row];
+    if (!HALF_ROWS && row + 8 < PQ) lse1 = lse[line + row + 8], delta1 = delta[line + row + 8];
+    fence_stores();
+    group_sync(group);
+  }
+
+  // Starts the copies of span `m` once all groups have done with what lies there.
+  __device__ __forceinline__ void feed(int m) {
+    const int at = m & (STAGES - 1);
+    int block;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(block) : "r"(shared + LIST + 8 * (m / SPANS)) : "memory");
+    const int key = block * PK + m % SPANS * SPAN;
+    const u32 full = shared + FULL + 8 * at, keys = shared + K_AT + at * K_STAGE;
+    bar_wait(shared + FREE + 8 * at, ~(m / STAGES) & 1);
+    bar_expect(full, K_STAGE + V_BYTES + V_REST_BYTES);
+    copy_box(keys, maps.keys, 0, k_line + key, full);
+    if (REST) copy_box(keys + K_BYTES, maps.keys, MAIN, k_line + key, full);
+    copy_box(shared + V_AT + at * V_BYTES, maps.values, 0, v_line + key, full);
+    if (REST) copy_box(shared + V_REST_AT + at * V_REST_BYTES, maps.rest, MAIN, v_line + key, full);
+  }
+
+  // Tokens from the first slot of step `n` on.
+  __device__ __forceinline__ int tokens_of(int n) {
+    int tokens;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(tokens) : "r"(shared + LIST + 8 * (n / SPANS) + 4) : "memory");
+    return tokens - n % SPANS * SPAN;
+  }
+
+  // Step `n`, of which the first W keys hold all tokens.
+  template <int W> __device__ __forceinline__ void step(int n) {
+    const int at = n & (STAGES - 1);
+    const u32 k_main = place(shared + K_AT, K_BYTES) + at * (K_STAGE >> 4), k_rest = k_main + (K_BYTES >> 4);
+    const u32 v_main = place(shared + V_AT, 16) + at * (V_BYTES >> 4);
+    const u32 v_rest = place(shared + V_REST_AT, 16) + at * (V_REST_BYTES >> 4);
+    float p[SPAN / 2], dp[SPAN / 2];
+    bar_wait(shared + FULL + 8 * at, n / STAGES & 1);
+    mma_fence();
+#pragma unroll
+    for (int k = 0; k < SLICES; ++k) {
+      const u64 keys = matrix<WIDE>(k < MAIN / 16 ? k_main + 2 * k : k_rest + 2 * (k - MAIN / 16));
+      if (k == 0) Scores<W>::first(p, queries[k], keys);
+      else Scores<W>::more(p, queries[k], keys);
+    }
+    mma_commit();
+    Scores<W>::first(dp, matrix<WIDE>(g_main), matrix<WIDE>(v_main));
+#pragma unroll
+    for (int k = 1; k < MAIN / 16; ++k) Scores<W>::more(dp, matrix<WIDE>(g_main + 2 * k), matrix<WIDE>(v_main + 2 * k));
+#pragma unroll
+    for (int k = 0; k < REST_PAD / 16; ++k)
+      Scores<W>::more(dp, matrix<NARROW>(g_rest + 2 * k), matrix<NARROW>(v_rest + 2 * k));
+    mma_commit();
+    mma_wait<1>();
+#pragma unroll
+    for (int i = 0; i < W / 2; ++i) {
+      if (HALF_ROWS && i & 2) p[i] = 0;
+      else p[i] = exp2_of(fmaf(p[i], scale, i & 2 ? -lse1 : -lse0));
+    }
+    const int tokens = tokens_of(n), left = tokens - 2 * (threadIdx.x % 4);
+    // All threads agree; voting tells the compiler so.
+    if (__any_sync(~0u, tokens < W)) {
+#pragma unroll
+      for (int i = 0; i < W / 2; ++i)
+        if (i / 4 * 8 + i % 2 >= left) p[i] = 0;
+    }
+    mma_wait();
+#pragma unroll
+    for (int c = 0; c < W / 16; ++c) {
+      u32 ds[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int x = 8 * c + 2 * i;
+        const float delta = i & 1 ? delta1 : delta0;
+        ds[i] = HALF_ROWS && i & 1 ? 0 : packed(p[x] * (dp[x] - delta), p[x + 1] * (dp[x + 1] - delta));
+      }
+      // These meet their keys while the next are computed.
+      mma_fence();
+      weighted(dq, ds, matrix<WIDE>(k_main + 128 * c));
+      mma_commit();
+    }
+    // The others have done with step n - 1 or soon will: this refills its stage.
+    if (feeds && n + STAGES - 1 < steps) feed(n + STAGES - 1);
+    mma_wait();
+    if (threadIdx.x % 32 == 0) bar_arrive(shared + FREE + 8 * at);
+  }
+
+  __device__ __forceinline__ void walk() {
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) dq[i] = 0;
+    if (feeds)
+      for (int m = 0; m < STAGES - 1 && m < steps; ++m) feed(m);
+#pragma unroll 1
+    for (int n = 0; n < steps; ++n) {
+      if (BRIEF < SPAN && __any_sync(~0u, tokens_of(n) <= BRIEF)) step<BRIEF>(n);
+      else step<SPAN>(n);
+    }
+  }
+
+  // `factor` of the scores; dq lacks it.
+  __device__ __forceinline__ void finish(u16* __restrict__ out, float factor, long long line, int row0) {
+#pragma unroll
+    for (int half = 0; half < (HALF_ROWS ? 1 : 2); ++half) {
+      const int row = row_of_thread(row0) + 8 * half;
+      if (row >= PQ) continue;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i)
+        *(u32*)(out + (line + row) * D + 8 * i + 2 * (threadIdx.x % 4)) =
+            packed(dq[4 * i + 2 * half] * factor, dq[4 * i + 2 * half + 1] * factor);
+    }
+  }
+};
+
+// Arguments as of the Triton kernel; keys and values as maps of the copy engine, values once more in boxes
+// of their REST_PAD last columns. `period` is 0 where all slots hold tokens.
+extern "C" __global__ void __launch_bounds__(128 * GROUPS, 1) query_gradient(
+    const u16* __restrict__ q, const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
+    const __grid_constant__ TensorMap rest, const int* __restrict__ lists, const int* __restrict__ valid,
+    const u16* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ delta, u16* __restrict__ dq,
+    int B, int H, int G, int NQ, int slots, int lists_world, int k_world, int k_head, int v_world, int v_head,
+    int period, float factor, float scale) {
+  extern __shared__ char raw[];
+  const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
+  // Told by one thread, so that the compiler knows that the warp agrees.
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+  int program = blockIdx.x;
+  const int row0 = program % PROGRAMS * 64 * GROUPS + group * 64;
+  program /= PROGRAMS;
+  const int i = program % NQ;
+  program /= NQ;
+  const int b = program % B, h = program / B;
+
+  lists += b * lists_world + ((G > 1 ? h : 0) * NQ + i) * slots;
+  int filled = 0;
+#pragma unroll 4
+  for (int x = lane; x < up(slots, 32); x += 32) filled += __popc(__ballot_sync(~0u, x < slots && lists[x] >= 0));
+  for (int x = threadIdx.x; x < filled; x += 128 * GROUPS) {
+    const int block = lists[x], tokens = period ? valid[block % period] : PK;
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared + LIST + 8 * x), "r"(block), "r"(tokens) : "memory");
+  }
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) bar_init(shared + FULL + 8 * s, 1), bar_init(shared + FREE + 8 * s, 4 * GROUPS);
+    bars_are_set();
+  }
+  __syncthreads();
+
+  const int steps = __shfl_sync(~0u, filled * SPANS, 0);
+  const long long line = ((long long)(b * H + h) * NQ + i) * PQ;
+  const int k_line = (b * k_world + h * k_head) * PK, v_line = (b * v_world + h * v_head) * PK;
+  const Maps maps = {&keys, &values, &rest};
+  if (HALF_LAST && group == GROUPS - 1) {
+    Group<true> rows(shared, group, steps, k_line, v_line, scale, maps);
+    rows.take(q, grad, lse, delta, line, row0, group);
+    rows.walk();
+    rows.finish(dq, factor, line, row0);
+  } else {
+    Group<false> rows(shared, group, steps, k_line, v_line, scale, maps);
+    rows.take(q, grad, lse, delta, line, row0, group);
+    rows.walk();
+    rows.finish(dq, factor, line, row0);
+  }
+}
