@@ -1,5 +1,6 @@
 """Which blocks to read: pooled features, their scores, and a deterministic top-k (figure 4)."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -8,8 +9,14 @@ from torch import Tensor
 
 from decmem.ops.untraced import bare_kernels_serve, kernels_serve, untraced
 
+_CUDA_BINDINGS = importlib.util.find_spec("cuda") is not None
+
 _MOST = 16384
 """Scores that one program holds; longer rows are sorted."""
+
+_FEW = 64
+"""Query blocks that read one world's keys, in a program of their scores; more are a product that
+libraries are good at."""
 
 
 def pool_blocks(
@@ -67,7 +74,8 @@ def select_blocks(
     choice.
     """
     with torch.no_grad():
-        scores = block_scores(q, k, per_head)
+        few = per_head and q.shape[0] // k.shape[0] * q.shape[2] <= _FEW
+        scores = _score(q, k) if few and kernels_serve(q) else block_scores(q, k, per_head)
         candidates = candidates.expand_as(scores)
         if kernels_serve(scores) and scores.shape[-1] <= _MOST:
             return _choose(scores, candidates[:, 0], min(count, scores.shape[-1]))
@@ -98,6 +106,22 @@ def _clear_choice(
     return index[..., :-1].sort(dim=-1).values.to(torch.int32)
 
 
+@torch.library.custom_op("decmem::score_blocks", mutates_args=())
+def _score(q: Tensor, k: Tensor) -> Tensor:
+    """`block_scores` per head, of few query blocks; keys are read once for all worlds they serve.
+
+    Products in three parts of TF32, as exact as fp32.
+    """
+    from decmem.ops.selection_kernels import run_score
+
+    return run_score(q.float().contiguous(), k.float())
+
+
+@_score.register_fake
+def _(q, k):
+    return q.new_empty((*q.shape[:3], k.shape[2]), dtype=torch.float32)
+
+
 @torch.library.custom_op("decmem::choose_blocks", mutates_args=())
 def _choose(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
     """`_ranked_choice` of at most `_MOST` blocks; candidates (B, Nq, Nk), the same for all groups.
@@ -108,6 +132,12 @@ def _choose(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
 
     B, G, Nq, Nk = scores.shape
     out = scores.new_empty((B, G, Nq, count), dtype=torch.int32)
+    if _CUDA_BINDINGS:
+        from decmem.ops import selection_cuda_kernels as cuda
+
+        if cuda.suits(scores):
+            cuda.run_choose(scores.contiguous(), candidates.view(torch.uint8), out)
+            return out
     block = max(64, 1 << (Nk - 1).bit_length())
     constants: dict[str, Any] = {
         "BLOCK": block, "LIST": 1 << (count - 1).bit_length(),

@@ -1,4 +1,4 @@
-"""Retrieval in Triton: the best blocks of a list in one launch, and the mean of a block's tokens.
+"""Retrieval in Triton: scores of blocks, the best of a list, and the mean of a block's tokens.
 
 What is computed, in plain PyTorch: `decmem.ops.selection`. A program chooses for one query block.
 It holds the scores of all candidates as integers that sort as they do, finds the `count`-th largest
@@ -8,8 +8,57 @@ few are taken. Nothing is sorted: the list comes out ascending by itself.
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from decmem.ops.sparse_tiles import cdiv, columns, power
+
+
+@triton.jit(do_not_specialize=["H", "Nq", "ROWS", "Nk", "tiles", "k_world", "k_head"])
+@no_type_check
+def _score_kernel(
+    Q, K, OUT, H, Nq, ROWS, Nk, tiles, k_world, k_head,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BK keys of one head with the ROWS query blocks, of one or more worlds, that they serve."""
+    pid = tl.program_id(0)
+    h, w = pid // tiles % H, pid // tiles // H
+    j = pid % tiles * BK + tl.arange(0, BK)
+    row = tl.arange(0, BQ)
+    world = w * (ROWS // Nq) + row // Nq
+    line = ((world * H + h) * Nq + row % Nq).to(tl.int64)[:, None]
+    d0, d1 = tl.arange(0, D0)[None, :], D0 + tl.arange(0, D1 if D1 > 0 else 16)[None, :]
+    row_ok, key_ok = (row < ROWS)[:, None], (j < Nk)[:, None]
+    K += w.to(tl.int64) * k_world + h.to(tl.int64) * k_head
+    at = j.to(tl.int64)[:, None] * D
+    q = tl.load(Q + line * D + d0, mask=row_ok & (d0 < D), other=0.0)
+    k = tl.load(K + at + d0, mask=key_ok & (d0 < D), other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if D1 > 0:
+        q = tl.load(Q + line * D + d1, mask=row_ok & (d1 < D), other=0.0)
+        k = tl.load(K + at + d1, mask=key_ok & (d1 < D), other=0.0)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+    tl.store(OUT + line * Nk + j[None, :], scores, mask=row_ok & (j < Nk)[None, :])
+
+
+def run_score(q: Tensor, k: Tensor) -> Tensor:
+    """As the operator `decmem::score_blocks`, of fp32."""
+    B, H, Nq, D = q.shape
+    worlds, Nk = k.shape[0], k.shape[2]
+    if k.stride()[2:] != (D, 1):
+        k = k.contiguous()
+    out = q.new_empty(B, H, Nq, Nk)
+    (D0, D1), rows, keys = columns(D), B // worlds * Nq, 128
+    tiles = cdiv(Nk, keys)
+    _score_kernel[(worlds * H * tiles,)](
+        q, k, out, H, Nq, rows, Nk, tiles, k.stride(0), k.stride(1), D=D, D0=D0, D1=D1,
+        BQ=power(rows), BK=keys, PRECISION="ieee" if torch.version.hip else "tf32x3",
+        num_warps=4,  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from decmem.ops.selection import (
     _clear_choice,
     _pool,
     _ranked_choice,
+    _score,
     block_scores,
     pool_blocks,
     ranking_keys,
@@ -153,12 +155,15 @@ def _exact() -> Iterator[None]:
 
 
 def assert_chosen(scores: Tensor, candidates: Tensor, count: int) -> None:
-    """The kernel's lists are the definition's, bit for bit."""
+    """The kernels' lists are the definition's, bit for bit."""
     count = min(count, scores.shape[-1])
     expected = _ranked_choice(scores, candidates.expand_as(scores), count)
-    chosen = _choose(scores, candidates.expand_as(scores)[:, 0], count)
-    assert chosen.dtype == expected.dtype
-    assert torch.equal(chosen, expected)
+    # On a GPU in CUDA C++, then in Triton.
+    for cuda in (True, False) if scores.is_cuda else (False,):
+        with patch.object(selection, "_CUDA_BINDINGS", cuda):
+            chosen = _choose(scores, candidates.expand_as(scores)[:, 0], count)
+        assert chosen.dtype == expected.dtype
+        assert torch.equal(chosen, expected)
 
 
 @everywhere
@@ -204,6 +209,24 @@ def test_choosing_never_waits_for_the_device(
     with waiting_forbidden():
         lists = select_blocks(q, k, seen, 80, per_head=True)
     assert lists.shape == (2, 4, 24, 80)
+
+
+@everywhere
+@pytest.mark.parametrize("D", [8, 72, 128])
+@pytest.mark.parametrize("worlds", [1, 2])
+def test_scores_by_the_kernel_are_as_exact_as_fp32(device: str, D: int, worlds: int) -> None:
+    q, room = torch.randn(2, 3, 24, D, device=device), torch.randn(worlds, 3, 300, D, device=device)
+    k = room[:, :, :290]  # a part of a bank
+    exact = q.double() @ k.double().mT
+    scores = _score(q, k)
+    assert scores.dtype == torch.float32
+    plain = (q.cpu() @ k.cpu().mT).double()
+    allowed = 2 * (plain - exact.cpu()).abs().max()
+    assert (scores.double() - exact).abs().max() <= allowed
+    # The same keys give the same scores, wherever they lie: ties stay ties.
+    k = k[:, :, :1].expand(-1, -1, 290, -1)
+    assert (_score(q, k).amax(-1) == _score(q, k).amin(-1)).all()
+    assert torch.equal(_score(q, k), _score(q, k.expand(2, -1, -1, -1)))
 
 
 @pytest.mark.usefixtures("_exact")
