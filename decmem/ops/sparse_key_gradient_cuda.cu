@@ -25,7 +25,7 @@ constexpr int TASK = up(FREE + 8 * STAGES, 16);  // of both key blocks the numbe
 constexpr int TASK_BYTES = 16;
 extern "C" __constant__ int shared_bytes = TASK + 2 * TASK_BYTES + 1024;
 // Key blocks that a program takes at once; 32 at most.
-constexpr int TAKEN = 8;
+constexpr int TAKEN = 4;
 
 struct Maps { const TensorMap *keys, *keys_rest, *values, *values_rest, *queries, *grads; };
 struct Targets { const TensorMap *dk, *dk_rest, *dv, *dv_rest; };
