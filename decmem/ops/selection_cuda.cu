@@ -4,24 +4,27 @@
 
 typedef unsigned int u32;
 constexpr int THREADS = 256, WARPS = THREADS / 32, BINS = 2048, BINS_OF_THREAD = BINS / THREADS;
-// The counts; the integers of all candidates come on top.
-extern "C" __constant__ int shared_bytes = BINS * 4;
-
 // The bin of the `wanted`-th largest, how many lie above that bin and how many inside.
 struct Found { int bin, above, inside; };
 
+// Shared by a program; the integers of all candidates come behind it.
+struct Shared {
+  u32 counts[BINS];
+  Found found;
+  int all, totals[WARPS], above_of[WARPS], equal_of[WARPS];
+};
+extern "C" __constant__ int shared_bytes = sizeof(Shared);
+
 // Of all threads together. The counts are clear afterwards.
-__device__ __forceinline__ Found find(u32* counts, int wanted) {
-  __shared__ int totals[WARPS];
-  __shared__ Found found;
+__device__ __forceinline__ Found find(Shared& shared, int wanted) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // The first thread has the highest bins.
   int own[BINS_OF_THREAD], sum = 0;
 #pragma unroll
   for (int i = 0; i < BINS_OF_THREAD; ++i) {
     const int bin = BINS - 1 - (threadIdx.x * BINS_OF_THREAD + i);
-    sum += own[i] = counts[bin];
-    counts[bin] = 0;
+    sum += own[i] = shared.counts[bin];
+    shared.counts[bin] = 0;
   }
   int upto = sum;
 #pragma unroll
@@ -29,33 +32,34 @@ __device__ __forceinline__ Found find(u32* counts, int wanted) {
     const int more = __shfl_up_sync(~0u, upto, far);
     if (lane >= far) upto += more;
   }
-  if (lane == 31) totals[warp] = upto;
+  if (lane == 31) shared.totals[warp] = upto;
   __syncthreads();
-  for (int w = 0; w < warp; ++w) upto += totals[w];
+  for (int w = 0; w < warp; ++w) upto += shared.totals[w];
   int above = upto - sum;
   if (above < wanted && wanted <= upto) {
 #pragma unroll
     for (int i = 0; i < BINS_OF_THREAD; ++i) {
       if (above < wanted && wanted <= above + own[i])
-        found = {BINS - 1 - ((int)threadIdx.x * BINS_OF_THREAD + i), above, own[i]};
+        shared.found = {BINS - 1 - ((int)threadIdx.x * BINS_OF_THREAD + i), above, own[i]};
       above += own[i];
     }
   }
   __syncthreads();
-  return found;
+  return shared.found;
 }
 
 // Arguments as of the Triton kernel.
 extern "C" __global__ void __launch_bounds__(THREADS) choose(
     const float* __restrict__ scores, const unsigned char* __restrict__ candidates, int* __restrict__ out, int G,
     int Nq, int N, int count, int stride_b, int stride_q, int stride_k) {
-  extern __shared__ u32 counts[];
-  __shared__ int above_of[WARPS], equal_of[WARPS];
-  u32* keys = counts + BINS;
+  extern __shared__ u32 raw[];
+  Shared& shared = *(Shared*)raw;
+  u32* keys = raw + sizeof(Shared) / 4;
   const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   scores += (long long)row * N, out += (long long)row * count;
   candidates += (long long)(row / (G * Nq)) * stride_b + (long long)(row % Nq) * stride_q;
-  for (int i = threadIdx.x; i < BINS; i += THREADS) counts[i] = 0;
+  for (int i = threadIdx.x; i < BINS; i += THREADS) shared.counts[i] = 0;
+  if (threadIdx.x == 0) shared.all = 0;
   __syncthreads();
 
   // From one up; both zeros are one number. No candidate: zero.
@@ -65,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
     if (candidates[(long long)n * stride_k]) {
       const int bits = __float_as_int(scores[n]);
       key = (u32)(bits >= 0 ? bits : -(bits & 0x7fffffff)) ^ 0x80000000;
-      atomicAdd(counts + (key >> 21), 1);
+      atomicAdd(shared.counts + (key >> 21), 1);
       ++there;
     }
     keys[n] = key;
@@ -73,33 +77,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
   // Taken is what lies above `least`, and of what equals it the first `spare`.
   u32 least = 0;
   int spare = 0;
-  if (__syncthreads_count(there > 0) && count > 0) {
-    __shared__ int all;
-    if (threadIdx.x == 0) all = 0;
-    __syncthreads();
-    const int in_warp = __reduce_add_sync(~0u, there);
-    if (lane == 0) atomicAdd(&all, in_warp);
-    __syncthreads();
-    if (all > count) {
-      int wanted = count, shift = 21;
-      u32 high = 0;  // the bits that are known
-      Found found = find(counts, wanted);
-      for (;;) {
-        wanted -= found.above, high |= (u32)found.bin << shift;
-        if (found.inside == wanted || shift == 0) break;
-        const int known = shift;
-        shift = known == 21 ? 10 : 0;
-        const u32 bins = known == 21 ? BINS - 1 : 1023;
-        for (int n = threadIdx.x; n < N; n += THREADS) {
-          const u32 key = keys[n];
-          if (key && key >> known == high >> known) atomicAdd(counts + (key >> shift & bins), 1);
-        }
-        __syncthreads();
-        found = find(counts, wanted);
+  const int in_warp = __reduce_add_sync(~0u, there);
+  if (lane == 0) atomicAdd(&shared.all, in_warp);
+  __syncthreads();
+  if (shared.all > count) {
+    int wanted = count, shift = 21;
+    u32 high = 0;  // the bits that are known
+    Found found = find(shared, wanted);
+    for (;;) {
+      wanted -= found.above, high |= (u32)found.bin << shift;
+      if (found.inside == wanted || shift == 0) break;
+      const int known = shift;
+      shift = known == 21 ? 10 : 0;
+      const u32 bins = known == 21 ? BINS - 1 : 1023;
+      for (int n = threadIdx.x; n < N; n += THREADS) {
+        const u32 key = keys[n];
+        if (key && key >> known == high >> known) atomicAdd(shared.counts + (key >> shift & bins), 1);
       }
-      if (found.inside == wanted) least = high ? high - 1 : 0;
-      else least = high, spare = wanted;
+      __syncthreads();
+      found = find(shared, wanted);
     }
+    if (found.inside == wanted) least = high ? high - 1 : 0;
+    else least = high, spare = wanted;
   }
 
   // Each warp looks through a part of the list, twice: for how much it has, and where that goes.
@@ -109,12 +108,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
     const u32 key = n < last ? keys[n] : 0;
     above += __popc(__ballot_sync(~0u, key > least)), equal += __popc(__ballot_sync(~0u, key == least && key));
   }
-  if (lane == 0) above_of[warp] = above, equal_of[warp] = equal;
+  if (lane == 0) shared.above_of[warp] = above, shared.equal_of[warp] = equal;
   __syncthreads();
   int listed = 0, above_before = 0, equal_before = 0;
   for (int w = 0; w < WARPS; ++w) {
-    if (w < warp) above_before += above_of[w], equal_before += equal_of[w];
-    listed += above_of[w];
+    if (w < warp) above_before += shared.above_of[w], equal_before += shared.equal_of[w];
+    listed += shared.above_of[w];
   }
   listed += spare;
   const u32 before = (1u << lane) - 1;
