@@ -6,12 +6,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from decmem.memory.bank import LayerBank
-from decmem.memory.coding import Coded, decode, encode
+from decmem.memory.coding import Coded, decode, decode_rows, encode
 from decmem.memory.kept_lists import KeptLists
 from decmem.memory.layout import TokenLayout
 from decmem.memory.lens import Lens
 from decmem.memory.plan import Plan, Reach
 from decmem.memory.position import Position, PositionConfig, encode_time, time_rotation
+from decmem.ops.fp8 import Fp8Rows
 from decmem.ops.rotary import Rotation
 
 
@@ -63,6 +64,7 @@ class Reading:
         key_time: index of every pool latent, for the windows.
         bank: the layer's bank, or None in training, where the pool is the pass itself.
         recall: how to read.
+        rounds: what was read may come in 8 bits, for products of those.
     """
 
     features: Float[Tensor, "B T S width"]
@@ -73,6 +75,7 @@ class Reading:
     key_time: Int[Tensor, "pool"]
     bank: LayerBank | None
     recall: Recall
+    rounds: bool = False
 
 
 class Memory(nn.Module):
@@ -87,7 +90,7 @@ class Memory(nn.Module):
         self.position = position
         self.layout = layout
 
-    def forward(self, reading: Reading) -> Float[Tensor, "B T S width"]:
+    def forward(self, reading: Reading) -> Float[Tensor, "B T S width"] | Fp8Rows:
         """What was read, in the frame of the reading latents (after R_cs, eq. 13)."""
         coded = self._code(reading)
         return self.read(reading, coded, *self._pool(reading, coded))
@@ -114,7 +117,7 @@ class Memory(nn.Module):
 
     def read(
         self, reading: Reading, coded: Coded, k: Tensor, v: Tensor
-    ) -> Float[Tensor, "B T S width"]:
+    ) -> Float[Tensor, "B T S width"] | Fp8Rows:
         """Attention of coded queries over the coded pool (B, H, pool, S, D), decoded."""
         raise NotImplementedError
 
@@ -148,3 +151,16 @@ class Memory(nn.Module):
     ) -> Float[Tensor, "B T S width"]:
         """Both branches together, in the frame of the reading latents."""
         return decode(self.position, reading.position, local, far, gate)
+
+    def result(
+        self,
+        reading: Reading,
+        local: Float[Tensor, "B H T S D"],
+        far: Float[Tensor, "B H T S D"] | None = None,
+        gate: Float[Tensor, "B T S gates"] | None = None,
+    ) -> Float[Tensor, "B T S width"] | Fp8Rows:
+        """`decode`, in 8 bits where these are asked for and one launch does both."""
+        rows = None
+        if reading.rounds:
+            rows = decode_rows(self.position, reading.position, local, far, gate)
+        return self.decode(reading, local, far, gate) if rows is None else rows

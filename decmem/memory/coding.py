@@ -18,6 +18,7 @@ from decmem.memory.position import (
     encode_time,
 )
 from decmem.ops import coding
+from decmem.ops.fp8 import Fp8Rows
 from decmem.ops.norm import rms_norm
 from decmem.ops.rotary import Rotation
 
@@ -109,6 +110,17 @@ def decode(
     if far is not None and gate is not None:
         out = out + opened(gate, local.shape[1]) * decode_output(config, position, far)
     return heads_last(out)
+
+
+def decode_rows(
+    config: PositionConfig,
+    position: Position,
+    local: Float[Tensor, "B H T S D"],
+    far: Float[Tensor, "B H T S D"] | None = None,
+    gate: Float[Tensor, "B T S gates"] | None = None,
+) -> Fp8Rows | None:
+    """`decode`, rounded to 8 bits in the same launch; None where that is not to be had."""
+    return coding.decode_head_rows(local, far, gate, _groups(config), _places(position, None))
 
 
 def opened(gate: Float[Tensor, "B T S gates"], heads: int) -> Float[Tensor, "B H T S _"]:

@@ -9,6 +9,7 @@ from decmem.memory.layout import TokenLayout
 from decmem.memory.lens import Lens
 from decmem.memory.position import PositionConfig
 from decmem.memory.sparse_global import SparseGlobalMemory
+from decmem.ops.fp8 import Fp8Rows
 
 
 class DecoupledMemory(Memory):
@@ -28,10 +29,10 @@ class DecoupledMemory(Memory):
         weight, bias = (p.to(reading.features.dtype) for p in (self.gate.weight, self.gate.bias))
         return nn.functional.linear(reading.features, weight, bias)
 
-    def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor:
+    def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor | Fp8Rows:
         o_alm = self.anchored_local(*self.window(reading, coded, k, v), reading.plan.windows)
         if not reading.recall.global_memory:
-            return self.decode(reading, o_alm)
+            return self.result(reading, o_alm)
         lists = self._lists(reading, coded, k)
         bank, scales = reading.bank, (None, None)
         if bank is not None and k.dtype != coded.k.dtype:
@@ -40,7 +41,7 @@ class DecoupledMemory(Memory):
         gate = self.gate_logits(reading)
         if reading.recall.lens is not None:
             self._watch(reading, reading.recall.lens, lists, o_alm, o_sgm, gate)
-        return self.decode(reading, o_alm, o_sgm, gate)
+        return self.result(reading, o_alm, o_sgm, gate)
 
     def _lists(self, reading: Reading, coded: Coded, k: Tensor) -> Tensor:
         """What every block of the pass reads: (B, G, Nq, K)."""

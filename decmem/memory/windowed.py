@@ -7,6 +7,7 @@ from decmem.memory.base import Memory, MemoryConfig, Reading
 from decmem.memory.coding import Coded
 from decmem.memory.layout import TokenLayout
 from decmem.memory.position import PositionConfig
+from decmem.ops.fp8 import Fp8Rows
 
 
 class WindowMemory(Memory):
@@ -21,6 +22,6 @@ class WindowMemory(Memory):
         super().__init__(config, position, layout)
         self.local = AnchoredLocalMemory(layout)
 
-    def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor:
+    def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor | Fp8Rows:
         near = self.window(reading, coded, k, v)
-        return self.decode(reading, self.local(*near, reading.plan.windows))
+        return self.result(reading, self.local(*near, reading.plan.windows))

@@ -15,8 +15,15 @@ from decmem.memory.surface import SurfaceDepth
 from decmem.model.linear import Projection, ScaledNorm
 from decmem.ops import coding
 from decmem.ops.fp8 import Fp8Rows, gelu_rows
-from decmem.ops.norm import add_norm, add_norm_rows, scaled_norm, scaled_norm_rows
+from decmem.ops.norm import (
+    add_norm,
+    add_norm_both,
+    add_norm_rows,
+    scaled_norm,
+    scaled_norm_rows,
+)
 from decmem.ops.rotary import Rotation, rotary_angles, rotate_pairs, rotation
+from decmem.ops.untraced import bare_kernels_serve
 from decmem.ops.window import attention_inside, hopper_serves_inside
 
 
@@ -127,8 +134,10 @@ class SpatiotemporalAttention(nn.Module):
         key_time: Tensor,
         bank: LayerBank | None,
         recall: Recall,
+        rows: Fp8Rows | None = None,
     ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
-        reading, estimate = self._reading(x, position, plan, key_time, bank, recall)
+        """What was read; `rows` are `x` in 8 bits, where products are made of those."""
+        reading, estimate = self._reading(x, position, plan, key_time, bank, recall, rows)
         return self.out(self.memory(reading)), estimate
 
     def remember(
@@ -151,13 +160,15 @@ class SpatiotemporalAttention(nn.Module):
         key_time: Tensor,
         bank: LayerBank | None,
         recall: Recall,
+        rows: Fp8Rows | None = None,
     ) -> tuple[Reading, Float[Tensor, "B T S 2"] | None]:
         estimate = None
         if self.surface is not None:
             estimate = self.surface(x)
             position = seeing(self.position, position, estimate)
         gains = _gains(self.q_norm, self.k_norm)
-        reading = Reading(x, self.qkv(x), gains, position, plan, key_time, bank, recall)
+        qkv, rounds = self.qkv(x if rows is None else rows), self.out.rounds
+        reading = Reading(x, qkv, gains, position, plan, key_time, bank, recall, rounds)
         return reading, estimate
 
 
@@ -218,17 +229,26 @@ class Block(nn.Module):
         bank: LayerBank | None,
         recall: Recall,
         scales: Float[Tensor, "3 B T width"] | None = None,
-    ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
-        """The tokens one block on, and the depths it saw them at where it has a surface group.
+        more: Float[Tensor, "B T S width"] | None = None,
+    ) -> tuple[
+        Float[Tensor, "B T S width"],
+        Float[Tensor, "B T S width"] | None,
+        Float[Tensor, "B T S 2"] | None,
+    ]:
+        """The tokens one block on, what is still to be added to them, and the depths it saw them at
+        where it has a surface group.
 
-        `scales` of the norms at this `time`, where they are known.
+        `scales` of the norms at this `time`, where they are known; `more` is what the block before
+        left to be added.
         """
         near, far, ffn = self._scales(time) if scales is None else scales.unbind()
-        x, normed = add_norm(x, self.spatial(self._normed(x, near)), far)
-        read, estimate = self.spatiotemporal(normed, position, plan, key_time, bank, recall)
+        x, normed, rows = self._inside(x, more, near, far)
+        read, estimate = self.spatiotemporal(normed, position, plan, key_time, bank, recall, rows)
         # Where products are made of 8-bit numbers, a norm that only they read is rounded at once.
         x, rows = (add_norm_rows if self.ffn.up.rounds else add_norm)(x, read, ffn)
-        return x + self.ffn(rows), estimate
+        if bare_kernels_serve(x):
+            return x, self.ffn(rows), estimate  # the kernel of the next norm adds them up
+        return x + self.ffn(rows), None, estimate
 
     def remember(
         self,
@@ -240,17 +260,31 @@ class Block(nn.Module):
         bank: LayerBank,
         recall: Recall,
         scales: Float[Tensor, "3 B T width"] | None = None,
+        more: Float[Tensor, "B T S width"] | None = None,
     ) -> None:
         """As `forward`, for a pass that only writes: the last block's tokens lead nowhere."""
         near, far, _ = self._scales(time) if scales is None else scales.unbind()
-        _, normed = add_norm(x, self.spatial(self._normed(x, near)), far)
+        _, normed, _ = self._inside(x, more, near, far)
         self.spatiotemporal.remember(normed, position, plan, key_time, bank, recall)
 
     def _scales(self, time: Float[Tensor, "B T time"]) -> list[Float[Tensor, "B T width"]]:
         return [norm.scale_at(time) for norm in self.norms()]
 
-    def _normed(
-        self, x: Float[Tensor, "B T S width"], scale: Float[Tensor, "B T width"]
-    ) -> Float[Tensor, "B T S width"] | Fp8Rows:
-        """What spatial attention reads."""
-        return (scaled_norm_rows if self.spatial.qkv.rounds else scaled_norm)(x, scale)
+    def _inside(
+        self,
+        x: Float[Tensor, "B T S width"],
+        more: Float[Tensor, "B T S width"] | None,
+        near: Float[Tensor, "B T width"],
+        far: Float[Tensor, "B T width"],
+    ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S width"], Fp8Rows | None]:
+        """The tokens after spatial attention, and what spatiotemporal attention reads of them; in
+        8 bits too where it makes products of those."""
+        rounds = self.spatial.qkv.rounds
+        if more is None:
+            normed = (scaled_norm_rows if rounds else scaled_norm)(x, near)
+        else:
+            x, normed = (add_norm_rows if rounds else add_norm)(x, more, near)
+        read = self.spatial(normed)
+        if self.spatiotemporal.qkv.rounds:
+            return add_norm_both(x, read, far)
+        return *add_norm(x, read, far), None

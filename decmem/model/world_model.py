@@ -34,7 +34,7 @@ from decmem.model.conditioning import (
 )
 from decmem.model.linear import JointScales, Linear, Projection, ScaledNorm
 from decmem.ops.fp8 import FP8, check_fp8
-from decmem.ops.norm import scaled_norm
+from decmem.ops.norm import add_norm, scaled_norm
 
 
 @dataclass(frozen=True)
@@ -285,24 +285,31 @@ class WorldModel(nn.Module):
         plan.prepare(self.layout.M, heads_first(x, self.config.position.head_dim))
         # A write pass predicts nothing: of the last layer its keys and values are enough.
         writes = bank is not None and plan.predicted == latents.shape[1]
+        more: Tensor | None = None  # what is still to be added to the tokens
         for i, block in enumerate(self.blocks[:-1] if writes else self.blocks):
             layer = None if bank is None else bank.layers[i]
             known = None if scales is None else scales[3 * i : 3 * i + 3]
-            given = x, time, context.position, plan, context.key_time, layer, recall, known
+            given = x, time, context.position, plan, context.key_time, layer, recall, known, more
             if self.recompute and bank is None and torch.is_grad_enabled():
-                x, seen = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+                x, more, seen = checkpoint(
+                    block, *given, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x, seen = block(*given)
+                x, more, seen = block(*given)
             if depths is not None and seen is not None:
                 depths.append(seen)
         if bank is not None and writes:
             last = cast("Block", self.blocks[-1])
             position, key_time = context.position, context.key_time
             known = None if scales is None else scales[-4:-1]
-            last.remember(x, time, position, plan, key_time, bank.layers[-1], recall, known)
+            last.remember(x, time, position, plan, key_time, bank.layers[-1], recall, known, more)
             return latents.new_empty(latents[:, :0].shape, dtype=torch.float32)
         last_scale = self.head_norm.scale_at(time) if scales is None else scales[-1]
-        x = scaled_norm(x[:, plan.predicted :], last_scale[:, plan.predicted :])
+        x, last_scale = x[:, plan.predicted :], last_scale[:, plan.predicted :]
+        if more is None:
+            x = scaled_norm(x, last_scale)
+        else:
+            _, x = add_norm(x, more[:, plan.predicted :], last_scale)
         velocity = self.layout.restore(self.head(x))
         h = self.layout.grid[0]
         return rearrange(velocity, "b t (h w) (c p q) -> b t c (h p) (w q)", h=h, p=p, q=p).float()

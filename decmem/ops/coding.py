@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decmem.ops.fp8 import FP8, Fp8Rows
 from decmem.ops.rotary import Rotation
-from decmem.ops.untraced import kernels_serve
+from decmem.ops.untraced import bare_kernels_serve, kernels_serve
 
 try:
     from decmem.ops import coding_cuda_kernels
@@ -201,16 +202,14 @@ def _decode(
     space_cos: Tensor | None, space_sin: Tensor | None,
     surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
 ) -> Tensor:  # fmt: skip
-    if coding_cuda_kernels is not None and coding_cuda_kernels.suits(
-        o, o.shape[1], groups, far, gate
-    ):
-        return coding_cuda_kernels.run_decode(
-            o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, groups
-        )
+    B, H, T, S, D = o.shape
+    out, cuda = o.new_empty(B, T, S, H * D), coding_cuda_kernels
+    if cuda is not None and cuda.suits(o, H, groups, far, gate):
+        tables = matrix, space_cos, space_sin, surface_cos, surface_sin
+        cuda.run_decode(o, far, gate, *tables, groups, out)
+        return out
     from decmem.ops.coding_kernels import _decode_kernel
 
-    B, H, T, S, D = o.shape
-    out = o.new_empty(B, T, S, H * D)
     grid, constants = _heads_grid(out, H, groups)
     _decode_kernel[grid](
         o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out,
@@ -373,3 +372,52 @@ def decode_heads(
         None if gate is None else gate.contiguous(), _table(places.query_matrix),
         *_turn(places.space), *_turn(places.surface), list(groups),
     )  # fmt: skip
+
+
+@torch.library.custom_op("decmem::decode_head_rows", mutates_args=())
+def _decode_rows(
+    o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
+    space_cos: Tensor | None, space_sin: Tensor | None,
+    surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert coding_cuda_kernels is not None
+    tables = matrix, space_cos, space_sin, surface_cos, surface_sin
+    values, scale = _decoded_rows(o)
+    coding_cuda_kernels.run_decode(o, far, gate, *tables, groups, values, scale)
+    return values, scale
+
+
+@_decode_rows.register_fake
+def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, groups):
+    return _decoded_rows(o)
+
+
+def _decoded_rows(o: Tensor) -> tuple[Tensor, Tensor]:
+    B, H, T, S, D = o.shape
+    scale = o.new_empty(B, T, S, 1, dtype=torch.float32)
+    return o.new_empty(B, T, S, H * D, dtype=FP8), scale
+
+
+def decode_head_rows(
+    o: Float[Tensor, "B H T S D"],
+    far: Float[Tensor, "B H T S D"] | None,
+    gate: Float[Tensor, "B T S gates"] | None,
+    groups: Groups,
+    places: Places,
+) -> Fp8Rows | None:
+    """`decode_heads`, rounded to 8 bits. Without gradients.
+
+    Returns:
+        The rows; None where this is not to be had.
+    """
+    cuda, H = coding_cuda_kernels, o.shape[1]
+    if cuda is None or not bare_kernels_serve(o) or not cuda.suits(o, H, list(groups), far, gate):
+        return None
+    if torch.cuda.get_device_capability(o.device) < (8, 9):
+        return None
+    values, scale = _decode_rows(
+        o.contiguous(), None if far is None else far.contiguous(),
+        None if gate is None else gate.contiguous(), _table(places.query_matrix),
+        *_turn(places.space), *_turn(places.surface), list(groups),
+    )  # fmt: skip
+    return Fp8Rows(values, scale, o.dtype)

@@ -3,8 +3,8 @@
 // lie far apart on one side and side by side on the other.
 //
 // Defined in front of this text: D, CAMERA, SPACE, SURFACE, TIME (a head's channels), TURNED, TOKENS,
-// THREADS, HALF for float16; NORMED, TIMED, LOCAL, VALUES and HEADS_LAST of the encoding; GATED and
-// PER_HEAD of the decoding.
+// THREADS, HALF for float16; NORMED, TIMED, LOCAL, VALUES and HEADS_LAST of the encoding; GATED,
+// PER_HEAD and ROUNDED of the decoding.
 
 constexpr int CHUNKS = D / 8;
 extern "C" __constant__ int shared_bytes = 0;  // all of it is asked for at the launch
@@ -15,6 +15,18 @@ __device__ __forceinline__ void unpack(float (&x)[8], const u16* from) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[2 * i] = wide((u16)pairs[i]), x[2 * i + 1] = wide((u16)(pairs[i] >> 16));
 }
+
+#if ROUNDED
+typedef unsigned char decoded_t;
+// Two numbers of 8 bits.
+__device__ __forceinline__ u32 eighths(float low, float high) {
+  u16 y;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high), "f"(low));
+  return y;
+}
+#else
+typedef u16 decoded_t;
+#endif
 
 // Cosines and sines of the groups that are turned: by slot, by token and by latent.
 struct Tables { const float *space_cos, *space_sin, *surface_cos, *surface_sin, *time_cos, *time_sin; };
@@ -159,12 +171,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
 extern "C" __global__ void __launch_bounds__(THREADS) decode(
     const u16* __restrict__ local, const u16* __restrict__ far, const u16* __restrict__ gate, const float* __restrict__ matrix,
     const float* space_cos, const float* space_sin, const float* surface_cos, const float* surface_sin,
-    u16* __restrict__ out, int N, int T, int S, int H) {
+    decoded_t* __restrict__ out, float* __restrict__ scale, int N, int T, int S, int H) {
   extern __shared__ __align__(16) char raw[];
   const int rows = TOKENS * H;
   u16* const own = (u16*)raw;
   u16* const other = own + rows * D;
-  Turn* const turns = (Turn*)(other + (GATED ? rows * D : 0));
+  u16* const ready = other + (GATED ? rows * D : 0);  // what is decoded, before it is rounded
+  Turn* const turns = (Turn*)(ready + (ROUNDED ? rows * D : 0));
   float* const matrices = (float*)(turns + TOKENS * D);
   const int n0 = blockIdx.x * TOKENS;
 
@@ -198,6 +211,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] += z[i] / (1.f + __expf(-open[i]));
     }
+#if ROUNDED
+    put(ready + row * D + 8 * c, y);
+#else
     put(out + to, y);
+#endif
   }
+#if ROUNDED
+  __syncthreads();
+  // A warp for each token: its largest number, then all in 8 bits, as `fp8_rows` rounds them.
+  const int token = threadIdx.x / 32, lane = threadIdx.x % 32, n = n0 + token, width = H * CHUNKS;
+  if (token >= TOKENS || n >= N) return;
+  float most = LEAST;
+  for (int c = lane; c < width; c += 32) {
+    float y[8];
+    unpack(y, ready + token * H * D + 8 * c);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(y[i]));
+  }
+#pragma unroll
+  for (int far = 16; far; far /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
+  const float by = LARGEST / most;
+  for (int c = lane; c < width; c += 32) {
+    float y[8];
+    unpack(y, ready + token * H * D + 8 * c);
+    u32 quads[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      quads[i] = eighths(y[4 * i] * by, y[4 * i + 1] * by) | eighths(y[4 * i + 2] * by, y[4 * i + 3] * by) << 16;
+    *(uint2*)(out + (long long)n * H * D + 8 * c) = make_uint2(quads[0], quads[1]);
+  }
+  if (lane == 0) scale[n] = most * (1.f / LARGEST);
+#endif
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from decmem.ops.cuda_module import Kernel, compiled, compiler_found, defined, texts
+from decmem.ops.fp8 import LARGEST, LEAST
 
 _TOKENS, _THREADS = 4, 256
 _ROOM = 96 * 1024
@@ -35,12 +36,14 @@ def source(groups: list[int], *, half: bool, **kinds: bool) -> str:
     """The kernels for heads whose channels lie in these groups; `kinds`: what else is defined in
     front of `coding_cuda.cu`, 0 where it is not named."""
     camera, space, surface, time = groups
-    constants = {
+    constants: dict[str, int | str] = {
         "D": sum(groups), "CAMERA": camera, "SPACE": space, "SURFACE": surface, "TIME": time,
         "TOKENS": _TOKENS, "THREADS": _THREADS, "HALF": int(half),
+        "LARGEST": f"{LARGEST}f", "LEAST": f"{LEAST}f",
     }  # fmt: skip
     for kind in (
         "turned", "normed", "timed", "local", "values", "heads_last", "gated", "per_head",
+        "rounded",
     ):  # fmt: skip
         constants[kind.upper()] = int(kinds.get(kind, False))
     return defined(constants) + texts("numbers", "coding")
@@ -82,19 +85,19 @@ def run_decode(
     o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
     space_cos: Tensor | None, space_sin: Tensor | None,
     surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
-) -> Tensor:  # fmt: skip
-    """As the operator `decmem::decode_heads`, for inputs that `suits` takes."""
+    out: Tensor, scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """As the operator `decmem::decode_heads`, into `out`, for inputs that `suits` takes; in 8 bits
+    with a `scale` for each row."""
     B, H, T, S, D = o.shape
-    out = o.new_empty(B, T, S, H * D)
     kernel = _kernel(
         "decode", o.device, tuple(groups), half=o.dtype == torch.float16,
         turned=surface_cos is not None, gated=far is not None,
-        per_head=gate is not None and gate.shape[-1] == H,
+        per_head=gate is not None and gate.shape[-1] == H, rounded=scale is not None,
     )  # fmt: skip
-    tokens = B * T * S
+    tokens, parts = B * T * S, 1 + (far is not None) + (scale is not None)
     kernel.launch(
-        -(-tokens // _TOKENS), _THREADS, _shared_bytes(1 if far is None else 2, H, D),
-        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out,
+        -(-tokens // _TOKENS), _THREADS, _shared_bytes(parts, H, D),
+        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out, scale,
         tokens, T, S, H,
     )  # fmt: skip
-    return out

@@ -30,7 +30,7 @@ def scaled_norm(
 ) -> Float[Tensor, "B T S width"]:
     """`rms_norm` over the width, times the latent's scale (fp32); in the dtype of `x`."""
     if bare_kernels_serve(x):
-        return _norm(x, None, scale, False)[1]
+        return _norm(x, None, scale, True, False)[1]
     return rms_norm(x, scale[:, :, None]).to(x.dtype)
 
 
@@ -41,7 +41,7 @@ def add_norm(
 ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S width"]]:
     """The sum x + y, and its `scaled_norm`."""
     if bare_kernels_serve(x):
-        return _norm(x, y, scale, False)[:2]
+        return _norm(x, y, scale, True, False)[:2]
     x = x + y
     return x, scaled_norm(x, scale)
 
@@ -49,7 +49,7 @@ def add_norm(
 def scaled_norm_rows(x: Float[Tensor, "B T S width"], scale: Float[Tensor, "B T width"]) -> Fp8Rows:
     """`scaled_norm`, rounded to 8 bits."""
     if bare_kernels_serve(x):
-        _, values, row_scale = _norm(x, None, scale, True)
+        *_, values, row_scale = _norm(x, None, scale, False, True)
         return Fp8Rows(values, row_scale, x.dtype)
     return fp8_rows(scaled_norm(x, scale))
 
@@ -61,44 +61,62 @@ def add_norm_rows(
 ) -> tuple[Float[Tensor, "B T S width"], Fp8Rows]:
     """`add_norm`, the norm rounded to 8 bits."""
     if bare_kernels_serve(x):
-        total, values, row_scale = _norm(x, y, scale, True)
+        total, _, values, row_scale = _norm(x, y, scale, False, True)
         return total, Fp8Rows(values, row_scale, x.dtype)
     x = x + y
     return x, scaled_norm_rows(x, scale)
 
 
+def add_norm_both(
+    x: Float[Tensor, "B T S width"],
+    y: Float[Tensor, "B T S width"],
+    scale: Float[Tensor, "B T width"],
+) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S width"], Fp8Rows]:
+    """`add_norm`, and the norm rounded to 8 bits besides."""
+    if bare_kernels_serve(x):
+        total, normed, values, row_scale = _norm(x, y, scale, True, True)
+        return total, normed, Fp8Rows(values, row_scale, x.dtype)
+    x, normed = add_norm(x, y, scale)
+    return x, normed, fp8_rows(normed)
+
+
 @torch.library.custom_op("decmem::scaled_norm", mutates_args=())
 def _norm(
-    x: Tensor, y: Tensor | None, scale: Tensor, rounded: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum where there is a `y`, the norm, and where that is rounded the scales of its rows."""
+    x: Tensor, y: Tensor | None, scale: Tensor, plain: bool, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum where there is a `y`, the norm as it is, rounded to 8 bits, or both, and the scales
+    of what is rounded."""
     from decmem.ops.norm_kernels import _norm_kernel
 
     x, scale = x.contiguous(), scale.float()
     if scale.stride(-1) != 1:
         scale = scale.contiguous()
-    total, out, row_scale = _normed(x, y, rounded)
+    total, out, rows, row_scale = _normed(x, y, plain, rounded)
     B, T, S, W = x.shape
     constants: dict[str, Any] = {
         "W": W, "WIDTH": 1 << (W - 1).bit_length(), "ROWS": _ROWS, "num_warps": _WARPS,
         "EPS": _EPS, "LARGEST": LARGEST, "LEAST": LEAST,
     }  # fmt: skip
     _norm_kernel[(B * T * -(-S // _ROWS),)](
-        x, None if y is None else y.contiguous(), scale, total, out, row_scale, T, S,
-        *scale.stride()[:2], **constants, ADDED=y is not None, ROUNDED=rounded,
+        x, None if y is None else y.contiguous(), scale, total, out, rows, row_scale, T, S,
+        *scale.stride()[:2], **constants, ADDED=y is not None, PLAIN=plain, ROUNDED=rounded,
     )  # fmt: skip
-    return total, out, row_scale
+    return total, out, rows, row_scale
 
 
 @_norm.register_fake
-def _(x, y, scale, rounded):
-    return _normed(x, y, rounded)
+def _(x, y, scale, plain, rounded):
+    return _normed(x, y, plain, rounded)
 
 
-def _normed(x: Tensor, y: Tensor | None, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for all three."""
-    total = x.new_empty((0,) if y is None else x.shape)
-    if not rounded:
-        return total, x.new_empty(x.shape), x.new_empty((0,), dtype=torch.float32)
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return total, x.new_empty(x.shape, dtype=FP8), scale
+def _normed(
+    x: Tensor, y: Tensor | None, plain: bool, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for all four."""
+    nothing = (0,)
+    return (
+        x.new_empty(nothing if y is None else x.shape),
+        x.new_empty(x.shape if plain else nothing),
+        x.new_empty(x.shape if rounded else nothing, dtype=FP8),
+        x.new_empty((*x.shape[:-1], 1) if rounded else nothing, dtype=torch.float32),
+    )

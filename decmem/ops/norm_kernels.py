@@ -17,9 +17,10 @@ from decmem.ops.fp8_kernels import to_fp8
 @triton.jit
 @no_type_check
 def _norm_kernel(
-    X, Y, SCALE, SUM, OUT, ROW_SCALE, T, S, stride_b, stride_t,
-    W: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ADDED: tl.constexpr,
-    ROUNDED: tl.constexpr, EPS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
+    X, Y, SCALE, SUM, OUT, FP8_ROWS, ROW_SCALE, T, S, stride_b, stride_t,
+    W: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    ADDED: tl.constexpr, PLAIN: tl.constexpr, ROUNDED: tl.constexpr,
+    EPS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(S, ROWS)
     bt, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
@@ -35,9 +36,10 @@ def _norm_kernel(
             tl.store(SUM + at, rounded, mask=here)
             x = rounded.to(tl.float32)
         shrink = tl.rsqrt(tl.sum(x * x, 0) / W + EPS)
-        x = x * shrink * scale
+        x = (x * shrink * scale).to(X.dtype.element_ty)
+        if PLAIN:
+            tl.store(OUT + at, x, mask=here)
         if ROUNDED:
-            x = x.to(X.dtype.element_ty).to(tl.float32)
-            x, row_scale = to_fp8(x, LARGEST, LEAST)
+            x, row_scale = to_fp8(x.to(tl.float32), LARGEST, LEAST)
             tl.store(ROW_SCALE + bt * S + first + row, row_scale, mask=first + row < S)
-        tl.store(OUT + at, x.to(OUT.dtype.element_ty), mask=here)
+            tl.store(FP8_ROWS + at, x.to(FP8_ROWS.dtype.element_ty), mask=here)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decmem.ops import coding, reference, window
+from decmem.ops.fp8 import fp8_rows
 from decmem.ops.rotary import rotation
 from decmem.ops.sparse_tiles import CudaTiles, cuda_key_tiles, cuda_query_tiles, cuda_tiles
 
@@ -64,9 +65,10 @@ def test_assembled_products_stay_in_flight(shape: str, half: bool) -> None:
 @pytest.mark.parametrize("groups", [[24, 24, 0, 24], [16, 16, 24, 8], [0, 72, 0, 0]], ids=str)
 def test_the_coding_of_heads_is_assembled(groups: list[int]) -> None:
     there = {"turned": True, "normed": True, "local": True, "values": True}
-    for kinds in (there, {"heads_last": True, "timed": True}, {"gated": True, "per_head": True}):
+    others = ("heads_last", "timed"), ("gated", "per_head"), ("gated", "rounded"), ("rounded",)
+    for kinds in (there, *(dict.fromkeys(other, True) for other in others)):
         text = coding_cuda_kernels.source(groups, half=False, **kinds)
-        code, remarks = cuda_module.compiled(text, "sm_80")
+        code, remarks = cuda_module.compiled(text, "sm_90" if "rounded" in kinds else "sm_80")
         assert code
         # Two kernels, neither of which keeps more in slow memory than a few words.
         spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", remarks)]
@@ -329,3 +331,24 @@ def test_keys_and_values_are_encoded_where_they_belong(normed: bool) -> None:
     assert all((room[:, :, :near] == 7).all() for room in rooms)
     # Gradients are not theirs.
     assert coding.encode_heads_into(qkv, gains, groups, places, k, v) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("gates", [0, 3, 216])
+@torch.no_grad()
+def test_what_is_decoded_is_rounded_on_the_way(gates: int) -> None:
+    B, H, T, S = 2, 3, 2, 31  # tokens that fill no program
+    o, far = (torch.randn(B, H, T, S, 72, device="cuda").bfloat16() for _ in "of")
+    gate = torch.randn(B, T, S, gates, device="cuda").bfloat16() if gates else None
+    places = coding.Places(
+        torch.randn(B, T, 4, 4, device="cuda"), None, rotation(torch.randn(S, 12).cuda())
+    )
+    given = (o, far if gates else None, gate, coding.Groups(24, 24, 0, 24), places)
+    rows = coding.decode_head_rows(*given)
+    expected = fp8_rows(coding.decode_heads(*given))
+    assert rows is not None
+    assert rows.dtype == expected.dtype
+    torch.testing.assert_close(rows.scale, expected.scale)
+    # They may differ where two numbers of 8 bits are equally near.
+    assert (rows.values.float() != expected.values.float()).float().mean() < 0.01

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from decmem.ops import norm
 from decmem.ops.fp8 import fp8_rows
-from decmem.ops.norm import add_norm, add_norm_rows, rms_norm, scaled_norm, scaled_norm_rows
+from decmem.ops.norm import (
+    add_norm,
+    add_norm_both,
+    add_norm_rows,
+    rms_norm,
+    scaled_norm,
+    scaled_norm_rows,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 PLACES = [
@@ -89,7 +96,11 @@ def test_the_kernel_rounds_by_the_definition(
     monkeypatch.setattr(norm, "bare_kernels_serve", lambda _: True)
     total, normed = add_norm(x, y, scale)
     summed, rows = add_norm_rows(x, y, scale)
+    *both, same = add_norm_both(x, y, scale)
     assert torch.equal(summed, total)
+    assert all(torch.equal(*pair) for pair in zip(both, (total, normed), strict=True))
+    assert torch.equal(same.values.float(), rows.values.float())
+    assert torch.equal(same.scale, rows.scale)
     for got, expected in (
         (rows, fp8_rows(normed)),
         (scaled_norm_rows(x, scale), fp8_rows(scaled_norm(x, scale))),
@@ -107,19 +118,27 @@ def test_norms_in_8_bits_are_the_norms_rounded() -> None:
     x, y, scale = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 8)
     total, normed = add_norm(x, y, scale)
     summed, rows = add_norm_rows(x, y, scale)
+    *both, same = add_norm_both(x, y, scale)
+    assert all(torch.equal(*pair) for pair in zip(both, (total, normed), strict=True))
     assert torch.equal(summed, total)
-    for got, expected in ((rows, normed), (scaled_norm_rows(x, scale), scaled_norm(x, scale))):
+    for got, expected in (
+        (rows, normed),
+        (same, normed),
+        (scaled_norm_rows(x, scale), scaled_norm(x, scale)),
+    ):
         rounded = fp8_rows(expected)
         assert torch.equal(got.values.float(), rounded.values.float())
         assert torch.equal(got.scale, rounded.scale)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("rounded", [True, False], ids=["rounded", "whole"])
+@pytest.mark.parametrize(
+    ("plain", "rounded"), [(True, False), (False, True), (True, True)], ids=str
+)
 @pytest.mark.parametrize("added", [True, False], ids=["added", "alone"])
-def test_the_operator_passes_opcheck(added: bool, rounded: bool) -> None:
+def test_the_operator_passes_opcheck(added: bool, plain: bool, rounded: bool) -> None:
     x, scale = torch.randn(2, 2, 3, 16), torch.randn(2, 2, 16)
     y = torch.randn_like(x) if added else None
     tests = ("test_schema", "test_faketensor")
-    given = (x, y, scale, rounded)
+    given = (x, y, scale, plain, rounded)
     torch.library.opcheck(torch.ops.decmem.scaled_norm, given, test_utils=tests)
