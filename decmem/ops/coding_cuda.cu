@@ -28,13 +28,28 @@ __device__ __forceinline__ u32 eighths(float low, float high) {
 typedef u16 decoded_t;
 #endif
 
+// Eight numbers into shared memory, beside what the thread does; `copies_are_there` waits for all.
+__device__ __forceinline__ void copy(u16* to, const u16* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copies_are_there() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Cosines and sines of the groups that are turned: by slot, by token and by latent.
 struct Tables { const float *space_cos, *space_sin, *surface_cos, *surface_sin, *time_cos, *time_sin; };
 
-// How a token turns channel d: cosine, sine with its sign, and the channel it is turned with.
-struct Turn { float cos, sin; int partner; };
-__device__ __forceinline__ Turn turn_of(int d, int n, int s, int t, Tables tables) {
-  constexpr int SURFACE_AT = CAMERA + SPACE, TIME_AT = SURFACE_AT + SURFACE;
+constexpr int SURFACE_AT = CAMERA + SPACE, TIME_AT = SURFACE_AT + SURFACE;
+// Four channels side by side are turned with four side by side.
+constexpr bool QUADS = CAMERA % 4 == 0 && SPACE % 8 == 0 && SURFACE % 8 == 0 && TIME % 8 == 0;
+
+// How far from channel d lies the one that it is turned with.
+__device__ __forceinline__ int partner_of(int d) {
+  const int start = d < SURFACE_AT ? CAMERA : d < TIME_AT ? SURFACE_AT : TIME_AT;
+  const int pairs = (d < SURFACE_AT ? SPACE : d < TIME_AT ? SURFACE : TIME) / 2;
+  return d - start < pairs ? pairs : -pairs;
+}
+
+// How a token turns channel d: cosine, and sine with its sign.
+__device__ __forceinline__ float2 turn_of(int d, int n, int s, int t, Tables tables) {
   const float *cos = nullptr, *sin = nullptr;
   int start = 0, pairs = 1, row = 0;
   if (d >= CAMERA && d < SURFACE_AT)
@@ -43,34 +58,55 @@ __device__ __forceinline__ Turn turn_of(int d, int n, int s, int t, Tables table
     cos = tables.surface_cos, sin = tables.surface_sin, start = SURFACE_AT, pairs = SURFACE / 2, row = n;
   else if (d >= TIME_AT)
     cos = tables.time_cos, sin = tables.time_sin, start = TIME_AT, pairs = TIME / 2, row = t;
-  if (cos == nullptr) return {1.f, 0.f, d};
-  const bool first = d - start < pairs;
+  if (cos == nullptr) return {1.f, 0.f};
   const int at = row * pairs + (d - start) % pairs;
-  return {cos[at], first ? sin[at] : -sin[at], first ? d + pairs : d - pairs};
+  return {cos[at], d - start < pairs ? sin[at] : -sin[at]};
 }
+
+// What a program has of a token in shared memory beside its heads: cosines and sines of all channels.
+struct alignas(16) Turns { float cos[D], sin[D]; };
 
 // Eight channels of one head: multiplied by the matrix, or by its transpose (ACROSS), and turned, or
 // turned back (BACK); the time group only with WITH_TIME.
 template <bool ACROSS, bool BACK, bool WITH_TIME>
-__device__ __forceinline__ void coded(float (&y)[8], const u16* head, const Turn* turns, const float* matrix, int c) {
+__device__ __forceinline__ void coded(float (&y)[8], const u16* head, const Turns& turns, const float* matrix, int c) {
   float x[8];
   unpack(x, head + 8 * c);
 #pragma unroll
   for (int quad = 0; quad < 8; quad += 4) {
-    if (8 * c + quad < CAMERA) {
+    const int d = 8 * c + quad;
+    if (d < CAMERA) {
+      const float4* rows = (const float4*)matrix;
+      const float4 m[4] = {rows[0], rows[1], rows[2], rows[3]};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         y[quad + i] = 0;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) y[quad + i] += matrix[ACROSS ? 4 * j + i : 4 * i + j] * x[quad + j];
+        for (int j = 0; j < 4; ++j) {
+          const float4 row = m[ACROSS ? j : i];
+          const int at = ACROSS ? i : j;
+          y[quad + i] += (at == 0 ? row.x : at == 1 ? row.y : at == 2 ? row.z : row.w) * x[quad + j];
+        }
       }
+    } else if (!WITH_TIME && d >= TIME_AT) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[quad + i] = x[quad + i];
     } else {
+      const float4 cos4 = *(const float4*)(turns.cos + d), sin4 = *(const float4*)(turns.sin + d);
+      const float cos[4] = {cos4.x, cos4.y, cos4.z, cos4.w}, sin[4] = {sin4.x, sin4.y, sin4.z, sin4.w};
+      float other[4];
+      if (QUADS) {
+        const uint2 pair = *(const uint2*)(head + d + partner_of(d));
+        other[0] = low_of(pair.x), other[1] = high_of(pair.x), other[2] = low_of(pair.y), other[3] = high_of(pair.y);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) other[i] = wide(head[d + i + partner_of(d + i)]);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int d = 8 * c + quad + i;
-        const Turn turn = turns[d];
-        const float turned = wide(head[turn.partner]) * turn.sin;
-        y[quad + i] = !WITH_TIME && d >= D - TIME ? x[quad + i] : x[quad + i] * turn.cos + (BACK ? -turned : turned);
+        const float turned = other[i] * sin[i];
+        const bool as_it_is = !QUADS && !WITH_TIME && d + i >= TIME_AT;
+        y[quad + i] = as_it_is ? x[quad + i] : x[quad + i] * cos[i] + (BACK ? -turned : turned);
       }
     }
   }
@@ -87,10 +123,12 @@ __device__ __forceinline__ long long place_of(int n, int h, int T, int S, int H,
 }
 
 // Rotations and matrices of a program's tokens, once for all heads.
-__device__ __forceinline__ void prepare(Turn* turns, int n0, int N, int T, int S, Tables tables) {
+__device__ __forceinline__ void prepare(Turns* turns, int n0, int N, int T, int S, Tables tables) {
   for (int x = threadIdx.x; x < TOKENS * D; x += THREADS) {
-    const int n = n0 + x / D;
-    if (n < N) turns[x] = turn_of(x % D, n, n % S, n / S % T, tables);
+    const int token = x / D, d = x % D, n = n0 + token;
+    if (n >= N) continue;
+    const float2 turn = turn_of(d, n, n % S, n / S % T, tables);
+    turns[token].cos[d] = turn.x, turns[token].sin[d] = turn.y;
   }
 }
 __device__ __forceinline__ void prepare(float* to, int n0, int N, int S, const float* matrix) {
@@ -107,16 +145,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
   extern __shared__ __align__(16) char raw[];
   const int rows = TOKENS * H;
   u16* const own = (u16*)raw;  // token, then queries, keys or values, then head
-  Turn* const turns = (Turn*)(own + 3 * rows * D);
-  float* const of_queries = (float*)(turns + TOKENS * D);
+  Turns* const turns = (Turns*)(own + 3 * rows * D);
+  float* const of_queries = (float*)(turns + TOKENS);
   float* const of_keys = of_queries + TOKENS * 16;
   float* const sizes = of_keys + TOKENS * 16;  // of queries and keys, in the same order
   const int n0 = blockIdx.x * TOKENS;
 
-  for (int x = threadIdx.x; x < 3 * rows * CHUNKS; x += THREADS)
-    if (n0 + x / (3 * H * CHUNKS) < N) *(uint4*)(own + 8 * x) = *(const uint4*)(qkv + (long long)n0 * 3 * H * D + 8 * x);
+  const int chunks = min(TOKENS, N - n0) * 3 * H * CHUNKS;
+  for (int x = threadIdx.x; x < chunks; x += THREADS) copy(own + 8 * x, qkv + (long long)n0 * 3 * H * D + 8 * x);
   prepare(turns, n0, N, T, S, Tables{space_cos, space_sin, surface_cos, surface_sin, time_cos, time_sin});
   if (CAMERA) prepare(of_queries, n0, N, S, query_matrix), prepare(of_keys, n0, N, S, key_matrix);
+  copies_are_there();
   __syncthreads();
   if (NORMED) {
     for (int x = threadIdx.x; x < 2 * rows; x += THREADS) {
@@ -139,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
     if (n >= N) continue;
     const long long to = (HEADS_LAST ? ((long long)n * H + h) * D : place_of(n, h, T, S, H, T)) + 8 * c;
     const long long roomy = HEADS_LAST ? to : place_of(n, h, T, S, H, latents) + 8 * c;
-    const Turn* const turn = turns + token * D;
+    const Turns& turn = turns[token];
 #pragma unroll
     for (int part = 0; part < 3; ++part) {
       const long long at = part == 0 ? to : roomy;
@@ -177,8 +216,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
   u16* const own = (u16*)raw;
   u16* const other = own + rows * D;
   u16* const ready = other + (GATED ? rows * D : 0);  // what is decoded, before it is rounded
-  Turn* const turns = (Turn*)(ready + (ROUNDED ? rows * D : 0));
-  float* const matrices = (float*)(turns + TOKENS * D);
+  Turns* const turns = (Turns*)(ready + (ROUNDED ? rows * D : 0));
+  float* const matrices = (float*)(turns + TOKENS);
   const int n0 = blockIdx.x * TOKENS;
 
   for (int x = threadIdx.x; x < rows * CHUNKS; x += THREADS) {
@@ -186,11 +225,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
     if (n >= N) continue;
     const int to = (token * H + h) * D + 8 * c;
     const long long from = place_of(n, h, T, S, H, T) + 8 * c;
-    *(uint4*)(own + to) = *(const uint4*)(local + from);
-    if (GATED) *(uint4*)(other + to) = *(const uint4*)(far + from);
+    copy(own + to, local + from);
+    if (GATED) copy(other + to, far + from);
   }
   prepare(turns, n0, N, T, S, Tables{space_cos, space_sin, surface_cos, surface_sin, nullptr, nullptr});
   if (CAMERA) prepare(matrices, n0, N, S, matrix);
+  copies_are_there();
   __syncthreads();
 
   for (int x = threadIdx.x; x < rows * CHUNKS; x += THREADS) {
@@ -198,10 +238,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
     if (n >= N) continue;
     const long long nh = (long long)n * H + h, to = nh * D + 8 * c;
     float y[8];
-    coded<false, true, false>(y, own + row * D, turns + token * D, matrices + token * 16, c);
+    coded<false, true, false>(y, own + row * D, turns[token], matrices + token * 16, c);
     if (GATED) {
       float z[8], open[8];
-      coded<false, true, false>(z, other + row * D, turns + token * D, matrices + token * 16, c);
+      coded<false, true, false>(z, other + row * D, turns[token], matrices + token * 16, c);
       if (PER_HEAD) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) open[i] = wide(gate[nh]);

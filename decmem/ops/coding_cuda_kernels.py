@@ -29,7 +29,7 @@ def suits(x: Tensor, heads: int, groups: list[int], *others: Tensor | None) -> b
 
 def _shared_bytes(parts: int, heads: int, D: int) -> int:
     """Of `parts` rows of each head, rotations and matrices of each token, and norms."""
-    return _TOKENS * (parts * heads * D * 2 + D * 12 + 128 + 8 * heads)
+    return _TOKENS * (parts * heads * D * 2 + D * 8 + 128 + 8 * heads)
 
 
 def source(groups: list[int], *, half: bool, **kinds: bool) -> str:
