@@ -17,7 +17,7 @@ from decmem.memory.position import (
     encode_query,
     encode_time,
 )
-from decmem.ops import coding
+from decmem.ops import coding, coding_inference
 from decmem.ops.fp8 import Fp8Rows
 from decmem.ops.norm import rms_norm
 from decmem.ops.rotary import Rotation
@@ -78,7 +78,7 @@ def encode(
         twice = time is not None and not config.global_time
         places = _places(position, time)
         if room is not None and not twice:
-            q = coding.encode_heads_into(qkv, gains, _groups(config), places, *room)
+            q = coding_inference.encode_heads_into(qkv, gains, _groups(config), places, *room)
             if q is not None:
                 return Coded(q, *room)
         coded = coding.encode_heads(qkv, gains, _groups(config), places, local=twice)
@@ -120,7 +120,9 @@ def decode_rows(
     gate: Float[Tensor, "B T S gates"] | None = None,
 ) -> Fp8Rows | None:
     """`decode`, rounded to 8 bits in the same launch; None where that is not to be had."""
-    return coding.decode_head_rows(local, far, gate, _groups(config), _places(position, None))
+    return coding_inference.decode_head_rows(
+        local, far, gate, _groups(config), _places(position, None)
+    )
 
 
 def opened(gate: Float[Tensor, "B T S gates"], heads: int) -> Float[Tensor, "B H T S _"]:

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from decmem.ops.fp8 import FP8, Fp8Rows
 from decmem.ops.rotary import Rotation
-from decmem.ops.untraced import bare_kernels_serve, kernels_serve
+from decmem.ops.untraced import kernels_serve
 
 try:
     from decmem.ops import coding_cuda_kernels
@@ -24,7 +23,7 @@ __all__ = ["Groups", "Places", "decode_heads", "encode_heads", "kernels_serve"]
 
 _ROWS, _WARPS = 4, 1
 _HEADS, _HEAD_WARPS = 8, 4
-_EPS = 1e-6
+EPS = 1e-6
 
 
 class Groups(NamedTuple):
@@ -96,7 +95,7 @@ def _encode(
             time_cos, time_sin,
         )  # fmt: skip
         coding_cuda_kernels.run_encode(
-            qkv, gains, tables, out, groups, _EPS, local=local, values=values,
+            qkv, gains, tables, out, groups, EPS, local=local, values=values,
             heads_last=heads_last,
         )  # fmt: skip
         return q, k, v, local_q, local_k
@@ -106,7 +105,7 @@ def _encode(
         time_cos, time_sin, q, k, v, local_q, local_k, grid[0], T, S, H, **constants,
         TURNED=surface_cos is not None, NORMED=gains is not None,
         TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values,
-        HEADS_LAST=heads_last, EPS=_EPS,
+        HEADS_LAST=heads_last, EPS=EPS,
     )  # fmt: skip
     return q, k, v, local_q, local_k
 
@@ -150,7 +149,7 @@ def _encode_backward(
         time_cos, time_sin, dq, dk, dv, local_dq, local_dk, out, parts, cos_grad, sin_grad,
         tokens, T, S, H, **constants, TURNED=surface_cos is not None, NORMED=gains is not None,
         TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values,
-        HEADS_LAST=heads_last, EPS=_EPS,
+        HEADS_LAST=heads_last, EPS=EPS,
     )  # fmt: skip
     return out, parts, cos_grad, sin_grad
 
@@ -269,12 +268,14 @@ def _decode_autograd(ctx: Any, grad: Tensor) -> tuple:
 _decode.register_autograd(_decode_autograd, setup_context=_decode_context)
 
 
-def _table(x: Tensor | None) -> Tensor | None:
+def fp32_table(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _turn(rotation: Rotation | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if rotation is None else (_table(rotation.cos), _table(rotation.sin))
+def turn_tables(rotation: Rotation | None) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        (None, None) if rotation is None else (fp32_table(rotation.cos), fp32_table(rotation.sin))
+    )
 
 
 def encode_heads(
@@ -299,61 +300,10 @@ def encode_heads(
         q, k, v, and where asked for q and k with time; (B, H, T, S, D) each.
     """
     return _encode(
-        qkv.contiguous(), _table(gains), _table(places.query_matrix), _table(places.key_matrix),
-        *_turn(places.space), *_turn(places.surface), *_turn(places.time),
+        qkv.contiguous(), fp32_table(gains), fp32_table(places.query_matrix), fp32_table(places.key_matrix),
+        *turn_tables(places.space), *turn_tables(places.surface), *turn_tables(places.time),
         list(groups), local, values, heads_last,
     )  # fmt: skip
-
-
-@torch.library.custom_op("decmem::encode_heads_into", mutates_args=("k", "v"))
-def _encode_into(
-    qkv: Tensor, gains: Tensor | None, tables: list[Tensor | None], k: Tensor, v: Tensor,
-    groups: list[int],
-) -> Tensor:  # fmt: skip
-    assert coding_cuda_kernels is not None
-    H, D = k.shape[1], sum(groups)
-    B, T, S, _ = qkv.shape
-    q, unused = qkv.new_empty(B, H, T, S, D), qkv.new_empty(0)
-    coding_cuda_kernels.run_encode(
-        qkv, gains, tuple(tables), [q, k, v, unused, unused], groups, _EPS,
-        local=False, values=True, heads_last=False, latents=k.stride(1) // (S * D),
-    )  # fmt: skip
-    return q
-
-
-@_encode_into.register_fake
-def _(qkv, gains, tables, k, v, groups):
-    B, T, S, _ = qkv.shape
-    return qkv.new_empty(B, k.shape[1], T, S, sum(groups))
-
-
-def encode_heads_into(
-    qkv: Float[Tensor, "B T S three_width"],
-    gains: Float[Tensor, "2 H"] | None,
-    groups: Groups,
-    places: Places,
-    k: Float[Tensor, "B H T S D"],
-    v: Float[Tensor, "B H T S D"],
-) -> Tensor | None:
-    """As `encode_heads` without `local`, keys and values into `k` and `v`: some latents of larger
-    tensors. Without gradients.
-
-    Returns:
-        Queries; None where this is not to be had, and nothing was written.
-    """
-    B, H, T, S, D = k.shape
-    alike = k.stride() == v.stride() and k.stride()[2:] == (S * D, D, 1)
-    whole = k.stride(1) % (S * D) == 0 and (B == 1 or k.stride(0) == H * k.stride(1))
-    serves = coding_cuda_kernels is not None and coding_cuda_kernels.suits(
-        qkv, H, list(groups), k, v
-    )
-    if not (serves and alike and whole) or torch.is_grad_enabled():
-        return None
-    tables = [
-        _table(places.query_matrix), _table(places.key_matrix), *_turn(places.space),
-        *_turn(places.surface), *_turn(places.time),
-    ]  # fmt: skip
-    return _encode_into(qkv.contiguous(), _table(gains), tables, k, v, list(groups))
 
 
 def decode_heads(
@@ -369,55 +319,6 @@ def decode_heads(
     """
     return _decode(
         o.contiguous(), None if far is None else far.contiguous(),
-        None if gate is None else gate.contiguous(), _table(places.query_matrix),
-        *_turn(places.space), *_turn(places.surface), list(groups),
+        None if gate is None else gate.contiguous(), fp32_table(places.query_matrix),
+        *turn_tables(places.space), *turn_tables(places.surface), list(groups),
     )  # fmt: skip
-
-
-@torch.library.custom_op("decmem::decode_head_rows", mutates_args=())
-def _decode_rows(
-    o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
-    space_cos: Tensor | None, space_sin: Tensor | None,
-    surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    assert coding_cuda_kernels is not None
-    tables = matrix, space_cos, space_sin, surface_cos, surface_sin
-    values, scale = _decoded_rows(o)
-    coding_cuda_kernels.run_decode(o, far, gate, *tables, groups, values, scale)
-    return values, scale
-
-
-@_decode_rows.register_fake
-def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, groups):
-    return _decoded_rows(o)
-
-
-def _decoded_rows(o: Tensor) -> tuple[Tensor, Tensor]:
-    B, H, T, S, D = o.shape
-    scale = o.new_empty(B, T, S, 1, dtype=torch.float32)
-    return o.new_empty(B, T, S, H * D, dtype=FP8), scale
-
-
-def decode_head_rows(
-    o: Float[Tensor, "B H T S D"],
-    far: Float[Tensor, "B H T S D"] | None,
-    gate: Float[Tensor, "B T S gates"] | None,
-    groups: Groups,
-    places: Places,
-) -> Fp8Rows | None:
-    """`decode_heads`, rounded to 8 bits. Without gradients.
-
-    Returns:
-        The rows; None where this is not to be had.
-    """
-    cuda, H = coding_cuda_kernels, o.shape[1]
-    if cuda is None or not bare_kernels_serve(o) or not cuda.suits(o, H, list(groups), far, gate):
-        return None
-    if torch.cuda.get_device_capability(o.device) < (8, 9):
-        return None
-    values, scale = _decode_rows(
-        o.contiguous(), None if far is None else far.contiguous(),
-        None if gate is None else gate.contiguous(), _table(places.query_matrix),
-        *_turn(places.space), *_turn(places.surface), list(groups),
-    )  # fmt: skip
-    return Fp8Rows(values, scale, o.dtype)

@@ -6,18 +6,12 @@ import functools
 import torch
 from torch import Tensor
 
-from decmem.ops.cuda_module import (
-    Kernel,
-    box_map,
-    compiled,
-    defined,
-    texts,
-)
+from decmem.ops.cuda_module import Kernel, compiled, defined, texts
 from decmem.ops.matrix_instructions import products, weighted
 from decmem.ops.sparse_backward_kernels import inverse_lists
+from decmem.ops.sparse_cuda_kernels import LIST_ENTRY, boxes
 from decmem.ops.sparse_tiles import (
     LOG2E,
-    Blocks,
     CudaKeyTiles,
     CudaQueryTiles,
     blocks,
@@ -26,9 +20,6 @@ from decmem.ops.sparse_tiles import (
     cuda_query_tiles,
     rest_columns,
 )
-
-_LIST_ENTRY = 8
-"""Bytes of shared memory for each listed block."""
 
 
 def query_source(PQ: int, PK: int, D: int, tiles: CudaQueryTiles, *, half: bool = False) -> str:
@@ -70,18 +61,11 @@ def _key_kernel(
     return Kernel(code, "key_gradient", "shared_bytes", device)
 
 
-def _box(x: Blocks, rows: int, width: int):
-    """The lines of `x`, from its first to its last, for the copy engine."""
-    B, H, N, P, D = x.tensor.shape
-    lines = ((B - 1) * x.world + (H - 1) * x.head + N) * P
-    return box_map(x.tensor, lines, D, (rows, width))
-
-
 def suits_queries(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> bool:
     """Whether dQ is taken of inputs that have no `sparse_cuda_kernels.obstacle`."""
     PQ, PK, D = q.shape[3], k.shape[3], q.shape[4]
     tiles = cuda_query_tiles(PQ, PK, D, valid is not None)
-    return tiles is not None and slots * _LIST_ENTRY <= tiles.room(D)
+    return tiles is not None and slots * LIST_ENTRY <= tiles.room(D)
 
 
 def suits_keys(q: Tensor, k: Tensor) -> bool:
@@ -102,9 +86,9 @@ def run_query_gradient(
     keys, values, dq = blocks(k), blocks(v), torch.empty_like(q)
     kernel = _query_kernel(q.device, PQ, PK, D, tiles, q.dtype == torch.float16)
     kernel.launch(
-        B * H * NQ * cdiv(PQ, 64 * tiles.groups), 128 * tiles.groups, slots * _LIST_ENTRY,
-        q, _box(keys, tiles.span, 64), _box(values, tiles.span, 64),
-        _box(values, tiles.span, rest_columns(D) or 16), lists, valid, grad, lse, delta, dq,
+        B * H * NQ * cdiv(PQ, 64 * tiles.groups), 128 * tiles.groups, slots * LIST_ENTRY,
+        q, boxes(keys, tiles.span, 64), boxes(values, tiles.span, 64),
+        boxes(values, tiles.span, rest_columns(D) or 16), lists, valid, grad, lse, delta, dq,
         B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head,
         0 if valid is None else valid.shape[0], float(scale), float(scale * LOG2E),
@@ -131,9 +115,9 @@ def run_key_gradient(
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     kernel.launch(
         min(programs, B * H * NK), 128 * (tiles.groups + 1), 0,
-        *(_box(x, PK, width) for x in (keys, values) for width in widths),
-        *(_box(blocks(x), tiles.span, 64) for x in (q, grad)),
-        *(_box(blocks(x), PK, width) for x in (dk, dv) for width in widths),
+        *(boxes(x, PK, width) for x in (keys, values) for width in widths),
+        *(boxes(blocks(x), tiles.span, 64) for x in (q, grad)),
+        *(boxes(blocks(x), PK, width) for x in (dk, dv) for width in widths),
         dk, dv, readers, offsets, valid, lse, delta, taken,
         B, H, lists.shape[1], NQ, NK, readers.shape[-1], int(lists.shape[0] > 1),
         keys.world, keys.head, values.world, values.head,

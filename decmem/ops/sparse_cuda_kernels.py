@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from decmem.ops.cuda_module import Kernel, box_map, compiled, compiler_found, defined, texts
+from decmem.ops.cuda_module import BoxMap, Kernel, box_map, compiled, compiler_found, defined, texts
 from decmem.ops.matrix_instructions import products, weighted
 from decmem.ops.sparse_forward_kernels import Parts, gated, merge
 from decmem.ops.sparse_tiles import (
@@ -22,7 +22,7 @@ from decmem.ops.sparse_tiles import (
     rest_columns,
 )
 
-_LIST_ENTRY = 8
+LIST_ENTRY = 8
 """Bytes of shared memory for each listed block."""
 
 
@@ -65,7 +65,7 @@ def obstacle(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> str | No
     tiles = cuda_tiles(PQ, PK, D, valid is not None)
     if PQ <= 32 or tiles is None:
         return f"takes blocks of a multiple of 64, 80 or 96 slots, not {PQ} x {PK}"
-    most = tiles.room(D) // _LIST_ENTRY
+    most = tiles.room(D) // LIST_ENTRY
     return None if slots <= most else f"takes lists of {most} blocks at most here, not {slots}"
 
 
@@ -78,11 +78,11 @@ def _split_of(programs: int, tiles: CudaTiles, slots: int, device: torch.device)
     return cuda_split_of(programs, tiles.groups, slots, device)
 
 
-def _boxes(x: Blocks, tiles: CudaTiles, width: int):
+def boxes(x: Blocks, rows: int, width: int) -> BoxMap:
     """The lines of `x`, from its first to its last, for the copy engine."""
     B, H, N, P, D = x.tensor.shape
     lines = ((B - 1) * x.world + (H - 1) * x.head + N) * P
-    return box_map(x.tensor, lines, D, (tiles.span, width))
+    return box_map(x.tensor, lines, D, (rows, width))
 
 
 def _element(x: Tensor | None) -> str:
@@ -121,10 +121,10 @@ def run_forward(
         q.device, PQ, PK, D, tiles, half=q.dtype == torch.float16, gate=gated(joined[1]),
         partial=split > 1, alm_type=_element(joined[0]), gate_type=_element(joined[1]),
     )  # fmt: skip
-    rest = rest_columns(D)
     kernel.launch(
-        programs * split, 128 * tiles.groups, slots * _LIST_ENTRY,
-        q, _boxes(keys, tiles, 64), _boxes(keys, tiles, rest or 16), _boxes(values, tiles, 64),
+        programs * split, 128 * tiles.groups, slots * LIST_ENTRY,
+        q, boxes(keys, tiles.span, 64), boxes(keys, tiles.span, rest_columns(D) or 16),
+        boxes(values, tiles.span, 64),
         lists, valid, *target, *joined,
         B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head,

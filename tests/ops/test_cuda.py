@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decmem.ops import coding, reference, window
+from decmem.ops import coding, coding_inference, reference, window
 from decmem.ops.fp8 import fp8_rows
 from decmem.ops.rotary import rotation
 from decmem.ops.sparse_tiles import CudaTiles, cuda_key_tiles, cuda_query_tiles, cuda_tiles
@@ -324,13 +324,13 @@ def test_keys_and_values_are_encoded_where_they_belong(normed: bool) -> None:
     rooms = [torch.full((B, H, near + T, S, 72), 7.0, device="cuda").bfloat16() for _ in "kv"]
     k, v = (room[:, :, near:] for room in rooms)
     with torch.no_grad():
-        q = coding.encode_heads_into(qkv, gains, groups, places, k, v)
+        q = coding_inference.encode_heads_into(qkv, gains, groups, places, k, v)
         expected = coding.encode_heads(qkv, gains, groups, places)
     assert q is not None
     assert all(torch.equal(*pair) for pair in zip((q, k, v), expected, strict=False))
     assert all((room[:, :, :near] == 7).all() for room in rooms)
     # Gradients are not theirs.
-    assert coding.encode_heads_into(qkv, gains, groups, places, k, v) is None
+    assert coding_inference.encode_heads_into(qkv, gains, groups, places, k, v) is None
 
 
 @pytest.mark.gpu
@@ -345,7 +345,7 @@ def test_what_is_decoded_is_rounded_on_the_way(gates: int) -> None:
         torch.randn(B, T, 4, 4, device="cuda"), None, rotation(torch.randn(S, 12).cuda())
     )
     given = (o, far if gates else None, gate, coding.Groups(24, 24, 0, 24), places)
-    rows = coding.decode_head_rows(*given)
+    rows = coding_inference.decode_head_rows(*given)
     expected = fp8_rows(coding.decode_heads(*given))
     assert rows is not None
     assert rows.dtype == expected.dtype
