@@ -300,7 +300,8 @@ def encode_heads(
         q, k, v, and where asked for q and k with time; (B, H, T, S, D) each.
     """
     return _encode(
-        qkv.contiguous(), fp32_table(gains), fp32_table(places.query_matrix), fp32_table(places.key_matrix),
+        qkv.contiguous(), fp32_table(gains),
+        fp32_table(places.query_matrix), fp32_table(places.key_matrix),
         *turn_tables(places.space), *turn_tables(places.surface), *turn_tables(places.time),
         list(groups), local, values, heads_last,
     )  # fmt: skip
