@@ -76,6 +76,12 @@ def test_the_coding_of_heads_is_assembled(groups: list[int]) -> None:
         assert max(spilled) <= 16
 
 
+def test_the_choice_of_blocks_is_assembled() -> None:
+    code, remarks = cuda_module.compiled(cuda_module.texts("selection"), "sm_80")
+    assert code
+    assert re.findall(r"(\d+) bytes spill stores", remarks) == ["0"]
+
+
 def test_a_wrong_source_is_told() -> None:
     with pytest.raises(cuda_module.CompileError, match="undefined"):
         cuda_module.compiled("__global__ void f() { unheard_of(); }", "sm_90a")
