@@ -15,10 +15,6 @@
 // first steps. Where that is not enough the groups go over the list again with the running maximum.
 
 static_assert(!AHEAD || STAGES >= 4, "the next keys must have been called for a step before");
-constexpr int SPANS = PK / SPAN, PROGRAMS = (PQ + 64 * GROUPS - 1) / (64 * GROUPS);
-// The last group may have no more than 32 rows: one in each upper half of a warp's tile of 16, so that
-// no thread has weights to compute for rows that do not exist.
-constexpr bool HALF_LAST = PROGRAMS == 1 && PQ % 64 != 0 && PQ % 64 <= 32;
 // Where things lie in shared memory, in bytes.
 constexpr int Q_BYTES = 64 * 128, Q_REST_BYTES = 64 * REST_PAD * 2;
 constexpr int K_BYTES = SPAN * 128, K_REST_BYTES = SPAN * REST_PAD * 2;
@@ -76,9 +72,7 @@ template <bool HALF_ROWS> struct Group {
   __device__ __forceinline__ void feed(int m) {
     const int at = m & (STAGES - 1), span = m - start;
     const u32 used = ~(m / STAGES) & 1;
-    int block;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(block) : "r"(shared + LIST + 8 * (span / SPANS)) : "memory");
-    const int key = block * PK + span % SPANS * SPAN;
+    const int key = block_of(shared + LIST, span) * PK + span % SPANS * SPAN;
     const u32 k_full = shared + K_FULL + 8 * at, v_full = shared + V_FULL + 8 * at;
     bar_wait(shared + K_FREE + 8 * at, used);
     bar_expect(k_full, K_BYTES + K_REST_BYTES);
@@ -93,12 +87,7 @@ template <bool HALF_ROWS> struct Group {
   }
 
   // Tokens from the first slot of step `n` on.
-  __device__ __forceinline__ int tokens_of(int n) {
-    const int span = n - start;
-    int tokens;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(tokens) : "r"(shared + LIST + 8 * (span / SPANS) + 4) : "memory");
-    return tokens - span % SPANS * SPAN;
-  }
+  __device__ __forceinline__ int tokens_at(int n) { return tokens_of(shared + LIST, n - start); }
 
   // Starts the products of the queries with the first W keys of step `n`.
   template <int W> __device__ __forceinline__ void multiply(float (&s)[SPAN / 2], int n) {
@@ -126,7 +115,7 @@ template <bool HALF_ROWS> struct Group {
 
   // Frees the keys of step `n`, whose products are there, and takes slots without a token out.
   template <int W> __device__ __forceinline__ void settle(float (&s)[SPAN / 2], int n) {
-    const int tokens = tokens_of(n), left = tokens - 2 * (threadIdx.x % 4);
+    const int tokens = tokens_at(n), left = tokens - 2 * (threadIdx.x % 4);
     if (threadIdx.x % 32 == 0) bar_arrive(shared + K_FREE + 8 * (n & (STAGES - 1)));
     // All threads agree; voting tells the compiler so.
     if (__any_sync(~0u, tokens < W)) {
@@ -203,7 +192,7 @@ template <bool HALF_ROWS> struct Group {
     settle<SPAN>(a, n + 2);
   }
   template <bool EXACT> __device__ __forceinline__ void pair_of(float (&a)[SPAN / 2], float (&b)[SPAN / 2], int n) {
-    if (BRIEF < SPAN && __any_sync(~0u, tokens_of(n + 1) <= BRIEF)) pair<BRIEF, EXACT>(a, b, n);
+    if (BRIEF < SPAN && __any_sync(~0u, tokens_at(n + 1) <= BRIEF)) pair<BRIEF, EXACT>(a, b, n);
     else pair<SPAN, EXACT>(a, b, n);
   }
 #endif
@@ -311,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, GROUPS == 1 ? 3 : 1) 
   extern __shared__ char raw[];
   const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
   // Told by one thread, so that the compiler knows that the warp agrees.
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   int program = blockIdx.x;
   int row0 = program % PROGRAMS * 64 * GROUPS + warp / 4 * 64;
   program /= PROGRAMS;
@@ -322,14 +311,9 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, GROUPS == 1 ? 3 : 1) 
   const int h = program % H, part = program / H;
 
   lists += b * lists_world + ((G > 1 ? h : 0) * NQ + i) * slots;
-  int filled = 0;
-#pragma unroll 4
-  for (int x = lane; x < up(slots, 32); x += 32) filled += __popc(__ballot_sync(~0u, x < slots && lists[x] >= 0));
+  const int filled = filled_of(lists, slots);
   const int first = part * filled / split, last = (part + 1) * filled / split;
-  for (int x = first + threadIdx.x; x < last; x += 128 * GROUPS) {
-    const int block = lists[x], tokens = period ? valid[block % period] : PK;
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared + LIST + 8 * (x - first)), "r"(block), "r"(tokens) : "memory");
-  }
+  put_list(shared + LIST, lists, valid, period, first, last);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       bar_init(shared + K_FULL + 8 * s, 1), bar_init(shared + K_FREE + 8 * s, 4 * GROUPS);

@@ -2,6 +2,8 @@
 `sparse_query_gradient_cuda.cu` and `sparse_key_gradient_cuda.cu`."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,8 @@ def query_source(PQ: int, PK: int, D: int, tiles: CudaQueryTiles, *, half: bool 
         "GROUPS": tiles.groups, "STAGES": tiles.stages, "HALF": int(half),
     }  # fmt: skip
     instructions = products({tiles.span, tiles.brief}, half) + weighted(D, half)
-    return defined(constants) + instructions + texts("numbers", "hopper", "sparse_query_gradient")
+    names = "numbers", "hopper", "listed", "sparse_query_gradient"
+    return defined(constants) + instructions + texts(*names)
 
 
 def key_source(PQ: int, PK: int, D: int, tiles: CudaKeyTiles, *, half: bool = False) -> str:
@@ -46,19 +49,10 @@ def key_source(PQ: int, PK: int, D: int, tiles: CudaKeyTiles, *, half: bool = Fa
 
 
 @functools.cache
-def _query_kernel(
-    device: torch.device, PQ: int, PK: int, D: int, tiles: CudaQueryTiles, half: bool
-) -> Kernel:
-    code = compiled(query_source(PQ, PK, D, tiles, half=half), "sm_90a")
-    return Kernel(code, "query_gradient", "shared_bytes", device)
-
-
-@functools.cache
-def _key_kernel(
-    device: torch.device, PQ: int, PK: int, D: int, tiles: CudaKeyTiles, half: bool
-) -> Kernel:
-    code = compiled(key_source(PQ, PK, D, tiles, half=half), "sm_90a")
-    return Kernel(code, "key_gradient", "shared_bytes", device)
+def _kernel(name: str, device: torch.device, source: Callable[..., str], *shape: Any) -> Kernel:
+    """The kernel of that name for one shape: what `source` takes, and whether it is float16."""
+    *sizes, half = shape
+    return Kernel(compiled(source(*sizes, half=half), "sm_90a"), name, "shared_bytes", device)
 
 
 def suits_queries(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> bool:
@@ -84,7 +78,8 @@ def run_query_gradient(
     tiles = tiles or cuda_query_tiles(PQ, PK, D, valid is not None)
     assert tiles is not None
     keys, values, dq = blocks(k), blocks(v), torch.empty_like(q)
-    kernel = _query_kernel(q.device, PQ, PK, D, tiles, q.dtype == torch.float16)
+    half = q.dtype == torch.float16
+    kernel = _kernel("query_gradient", q.device, query_source, PQ, PK, D, tiles, half)
     kernel.launch(
         B * H * NQ * cdiv(PQ, 64 * tiles.groups), 128 * tiles.groups, slots * LIST_ENTRY,
         q, boxes(keys, tiles.span, 64), boxes(values, tiles.span, 64),
@@ -111,7 +106,8 @@ def run_key_gradient(
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     widths = (64, rest_columns(D) or 16)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)
-    kernel = _key_kernel(q.device, PQ, PK, D, tiles, q.dtype == torch.float16)
+    half = q.dtype == torch.float16
+    kernel = _kernel("key_gradient", q.device, key_source, PQ, PK, D, tiles, half)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     kernel.launch(
         min(programs, B * H * NK), 128 * (tiles.groups + 1), 0,

@@ -40,7 +40,7 @@ def source(
         "out_t": "float" if partial else "unsigned short", "alm_t": alm_type, "gate_t": gate_type,
     }  # fmt: skip
     instructions = products({tiles.span, tiles.brief}, half) + weighted(D, half)
-    return defined(constants) + instructions + texts("numbers", "hopper", "sparse")
+    return defined(constants) + instructions + texts("numbers", "hopper", "listed", "sparse")
 
 
 @functools.cache

@@ -9,9 +9,6 @@
 // Queries lie in registers and gradients of the output in shared memory: its bandwidth is nearly used up
 // where tensor cores read both from there, and registers where they read neither.
 
-constexpr int SPANS = PK / SPAN, PROGRAMS = (PQ + 64 * GROUPS - 1) / (64 * GROUPS);
-// As in the forward: no thread works for rows that do not exist.
-constexpr bool HALF_LAST = PROGRAMS == 1 && PQ % 64 != 0 && PQ % 64 <= 32;
 // Where things lie in shared memory, in bytes.
 constexpr int G_BYTES = 64 * 128, G_REST_BYTES = 64 * REST_PAD * 2;
 constexpr int K_BYTES = SPAN * 128, K_STAGE = K_BYTES * (REST ? 2 : 1);
@@ -75,9 +72,7 @@ template <bool HALF_ROWS> struct Group {
   // Starts the copies of span `m` once all groups have done with what lies there.
   __device__ __forceinline__ void feed(int m) {
     const int at = m & (STAGES - 1);
-    int block;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(block) : "r"(shared + LIST + 8 * (m / SPANS)) : "memory");
-    const int key = block * PK + m % SPANS * SPAN;
+    const int key = block_of(shared + LIST, m) * PK + m % SPANS * SPAN;
     const u32 full = shared + FULL + 8 * at, keys = shared + K_AT + at * K_STAGE;
     bar_wait(shared + FREE + 8 * at, ~(m / STAGES) & 1);
     bar_expect(full, K_STAGE + V_BYTES + V_REST_BYTES);
@@ -85,13 +80,6 @@ template <bool HALF_ROWS> struct Group {
     if (REST) copy_box(keys + K_BYTES, maps.keys, MAIN, k_line + key, full);
     copy_box(shared + V_AT + at * V_BYTES, maps.values, 0, v_line + key, full);
     if (REST) copy_box(shared + V_REST_AT + at * V_REST_BYTES, maps.rest, MAIN, v_line + key, full);
-  }
-
-  // Tokens from the first slot of step `n` on.
-  __device__ __forceinline__ int tokens_of(int n) {
-    int tokens;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(tokens) : "r"(shared + LIST + 8 * (n / SPANS) + 4) : "memory");
-    return tokens - n % SPANS * SPAN;
   }
 
   // Step `n`, of which the first W keys hold all tokens.
@@ -123,7 +111,7 @@ template <bool HALF_ROWS> struct Group {
       if (HALF_ROWS && i & 2) p[i] = 0;
       else p[i] = exp2_of(fmaf(p[i], scale, i & 2 ? -lse1 : -lse0));
     }
-    const int tokens = tokens_of(n), left = tokens - 2 * (threadIdx.x % 4);
+    const int tokens = tokens_of(shared + LIST, n), left = tokens - 2 * (threadIdx.x % 4);
     // All threads agree; voting tells the compiler so.
     if (__any_sync(~0u, tokens < W)) {
 #pragma unroll
@@ -158,7 +146,7 @@ template <bool HALF_ROWS> struct Group {
       for (int m = 0; m < STAGES - 1 && m < steps; ++m) feed(m);
 #pragma unroll 1
     for (int n = 0; n < steps; ++n) {
-      if (BRIEF < SPAN && __any_sync(~0u, tokens_of(n) <= BRIEF)) step<BRIEF>(n);
+      if (BRIEF < SPAN && __any_sync(~0u, tokens_of(shared + LIST, n) <= BRIEF)) step<BRIEF>(n);
       else step<SPAN>(n);
     }
   }
@@ -188,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, 1) query_gradient(
   extern __shared__ char raw[];
   const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
   // Told by one thread, so that the compiler knows that the warp agrees.
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
   int program = blockIdx.x;
   const int row0 = program % PROGRAMS * 64 * GROUPS + group * 64;
   program /= PROGRAMS;
@@ -197,13 +185,8 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, 1) query_gradient(
   const int b = program % B, h = program / B;
 
   lists += b * lists_world + ((G > 1 ? h : 0) * NQ + i) * slots;
-  int filled = 0;
-#pragma unroll 4
-  for (int x = lane; x < up(slots, 32); x += 32) filled += __popc(__ballot_sync(~0u, x < slots && lists[x] >= 0));
-  for (int x = threadIdx.x; x < filled; x += 128 * GROUPS) {
-    const int block = lists[x], tokens = period ? valid[block % period] : PK;
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared + LIST + 8 * x), "r"(block), "r"(tokens) : "memory");
-  }
+  const int filled = filled_of(lists, slots);
+  put_list(shared + LIST, lists, valid, period, 0, filled);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) bar_init(shared + FULL + 8 * s, 1), bar_init(shared + FREE + 8 * s, 4 * GROUPS);
     bars_are_set();
