@@ -96,9 +96,7 @@ TRIED: list[tuple[str, str, type, list[tuple]]] = [
     ("forward", "wide", CudaTiles, [
         (64, 64, 3, 4, False), (96, 96, 3, 2, False), (96, 96, 3, 4, False),
     ]),
-    ("forward", "peer", CudaTiles, [
-        (64, 64, 2, 4, True), (64, 64, 2, 4, False), (128, 128, 2, 2, False),
-    ]),
+    ("forward", "peer", CudaTiles, [(64, 64, 2, 4, True), (64, 64, 2, 4, False)]),
     ("queries", "pair", CudaQueryTiles, [(80, 64, 3, 4), (80, 80, 3, 4)]),
     ("queries", "wide", CudaQueryTiles, [(64, 64, 3, 4), (48, 48, 3, 4)]),
     ("queries", "peer", CudaQueryTiles, [(64, 64, 2, 4), (32, 32, 2, 4)]),
