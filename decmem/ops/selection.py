@@ -1,6 +1,5 @@
 """Which blocks to read: pooled features, their scores, and a deterministic top-k (figure 4)."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -9,7 +8,10 @@ from torch import Tensor
 
 from decmem.ops.untraced import bare_kernels_serve, kernels_serve, untraced
 
-_CUDA_BINDINGS = importlib.util.find_spec("cuda") is not None
+try:
+    from decmem.ops import selection_cuda_kernels
+except ImportError:  # The driver's Python bindings come with PyTorch for CUDA.
+    selection_cuda_kernels = None
 
 _MOST = 16384
 """Scores that one program holds; longer rows are sorted."""
@@ -132,12 +134,10 @@ def _choose(scores: Tensor, candidates: Tensor, count: int) -> Tensor:
 
     B, G, Nq, Nk = scores.shape
     out = scores.new_empty((B, G, Nq, count), dtype=torch.int32)
-    if _CUDA_BINDINGS:
-        from decmem.ops import selection_cuda_kernels as cuda
-
-        if cuda.suits(scores):
-            cuda.run_choose(scores.contiguous(), candidates.view(torch.uint8), out)
-            return out
+    cuda = selection_cuda_kernels
+    if cuda is not None and cuda.suits(scores):
+        cuda.run_choose(scores.contiguous(), candidates.view(torch.uint8), out)
+        return out
     block = max(64, 1 << (Nk - 1).bit_length())
     constants: dict[str, Any] = {
         "BLOCK": block, "LIST": 1 << (count - 1).bit_length(),

@@ -158,9 +158,9 @@ def assert_chosen(scores: Tensor, candidates: Tensor, count: int) -> None:
     """The kernels' lists are the definition's, bit for bit."""
     count = min(count, scores.shape[-1])
     expected = _ranked_choice(scores, candidates.expand_as(scores), count)
-    # On a GPU in CUDA C++, then in Triton.
-    for cuda in (True, False) if scores.is_cuda else (False,):
-        with patch.object(selection, "_CUDA_BINDINGS", cuda):
+    # In CUDA C++ where that can run, then in Triton.
+    for cuda in (selection.selection_cuda_kernels, None):
+        with patch.object(selection, "selection_cuda_kernels", cuda):
             chosen = _choose(scores, candidates.expand_as(scores)[:, 0], count)
         assert chosen.dtype == expected.dtype
         assert torch.equal(chosen, expected)
