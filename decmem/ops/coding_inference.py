@@ -1,5 +1,7 @@
-"""Coding of heads without gradients, by the kernels in CUDA C++ alone: into room that is there, and
-rounded to 8 bits."""
+"""Coding of heads without gradients: into room that is there, and rounded to 8 bits.
+
+By the kernels in CUDA C++ alone; callers have another way where these do not serve.
+"""
 
 import torch
 from jaxtyping import Float

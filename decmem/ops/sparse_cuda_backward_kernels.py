@@ -1,5 +1,7 @@
-"""Block-sparse attention for Hopper GPUs, backward, in CUDA C++: launches of
-`sparse_query_gradient_cuda.cu` and `sparse_key_gradient_cuda.cu`."""
+"""Block-sparse attention for Hopper GPUs, backward, in CUDA C++, launched.
+
+dQ is `sparse_query_gradient_cuda.cu`, dK and dV are `sparse_key_gradient_cuda.cu`.
+"""
 
 import functools
 from collections.abc import Callable
