@@ -91,16 +91,18 @@ class Choice(NamedTuple):
 
 TRIED: list[tuple[str, str, type, list[tuple]]] = [
     ("forward", "pair", CudaTiles, [
-        (80, 64, 3, 4, True), (80, 80, 3, 4, True), (80, 80, 3, 2, False),
+        (128, 16, 3, 3, False), (96, 16, 3, 4, True), (80, 80, 3, 4, True),
     ]),
     ("forward", "wide", CudaTiles, [
-        (64, 64, 3, 4, False), (96, 96, 3, 2, False), (96, 96, 3, 4, False),
+        (112, 16, 3, 3, False), (96, 96, 3, 3, False), (64, 64, 3, 4, False),
     ]),
-    ("forward", "peer", CudaTiles, [(64, 64, 2, 4, True), (64, 64, 2, 4, False)]),
-    ("queries", "pair", CudaQueryTiles, [(80, 64, 3, 4), (80, 80, 3, 4)]),
-    ("queries", "wide", CudaQueryTiles, [(64, 64, 3, 4), (48, 48, 3, 4)]),
-    ("queries", "peer", CudaQueryTiles, [(64, 64, 2, 4), (32, 32, 2, 4)]),
-    ("queries", "train", CudaQueryTiles, [(80, 64, 3, 4)]),
+    ("forward", "peer", CudaTiles, [
+        (128, 128, 2, 3, True), (128, 128, 2, 2, True), (144, 16, 2, 2, True),
+    ]),
+    ("queries", "pair", CudaQueryTiles, [(64, 16, 3, 4), (48, 16, 3, 4)]),
+    ("queries", "wide", CudaQueryTiles, [(48, 48, 3, 4), (32, 32, 3, 4)]),
+    ("queries", "peer", CudaQueryTiles, [(64, 64, 2, 4), (64, 64, 2, 3), (32, 32, 2, 4)]),
+    ("queries", "train", CudaQueryTiles, [(64, 16, 3, 4)]),
     ("keys", "pair", CudaKeyTiles, [(80, 3, 3), (80, 3, 2), (32, 3, 4)]),
     ("keys", "wide", CudaKeyTiles, [(48, 3, 3), (48, 3, 2), (32, 3, 4)]),
     ("keys", "peer", CudaKeyTiles, [(64, 2, 3), (64, 2, 2), (32, 2, 4)]),
@@ -128,7 +130,9 @@ TRIED: list[tuple[str, str, type, list[tuple]]] = [
 
 def choices() -> list[Choice]:
     """What is tried: those above, and one row of the paper in lists cut into parts."""
-    rows = [Choice("forward", "paper", CudaTiles(80, 64, 3, 4, True), split) for split in (1, 2, 3)]
+    rows = [
+        Choice("forward", "paper", CudaTiles(128, 16, 3, 3, False), split) for split in (1, 2, 3)
+    ]
     rows.append(Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 3), 2))
     return rows + [
         Choice(what, shape, tiles(*numbers))

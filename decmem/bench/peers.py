@@ -42,7 +42,7 @@ def readers(
     reads = torch.zeros(*lists.shape[:3], blocks, dtype=torch.bool, device=lists.device)
     reads = reads.scatter_(-1, lists.long(), True).mT
     order = (~reads).to(torch.int8).argsort(dim=-1, stable=True)
-    return reads.sum(-1, dtype=torch.int32), order.to(torch.int32)
+    return reads.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
 def _require(suits: bool, peer: str, what: str) -> None:

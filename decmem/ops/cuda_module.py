@@ -6,7 +6,7 @@ all first calls, must not happen inside the recording of a CUDA graph; launching
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def _address(x: Any) -> int:
 
 
 class BoxMap(NamedTuple):
-    """A map for the bulk copy engine, as a kernel takes it, and the memory that holds it."""
+    """Maps for the bulk copy engine, as a kernel takes them, and the memory that holds them."""
 
     address: int
     memory: Any
@@ -141,28 +141,31 @@ class BoxMap(NamedTuple):
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 
 
-def box_map(x: Tensor, lines: int, columns: int, box: tuple[int, int]) -> BoxMap:
-    """`lines` x `columns` 16-bit numbers from the start of `x` on, for the bulk copy engine.
+def box_map(x: Tensor, lines: int, columns: int, heights: Sequence[int], width: int) -> BoxMap:
+    """`lines` x `columns` 16-bit numbers from the start of `x` on, for the bulk copy engine: a map
+    for each height, in lines, of boxes `width` columns wide.
 
-    It copies boxes of (lines, columns) whose rows of 32, 64 or 128 bytes are swizzled as the
-    tensor cores want them, with zeros where a box reaches beyond the columns.
+    Their rows of 32, 64 or 128 bytes are swizzled as the tensor cores want them, with zeros where
+    a box reaches beyond the lines or columns.
     """
     kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
     half = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
     kind = half if x.dtype == torch.float16 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    swizzle = getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{2 * box[1]}B")
+    swizzle = getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{2 * width}B")
     promotion = driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B
     # The bindings' own structure does not lie where the driver wants it: on a multiple of 64.
-    memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    memory = ctypes.create_string_buffer(_MAP_BYTES * len(heights) + _MAP_ALIGNMENT)
     address = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
     sizes, pitch = (ctypes.c_uint64 * 2)(columns, lines), (ctypes.c_uint64 * 1)(2 * columns)
-    shape, every = (ctypes.c_uint32 * 2)(box[1], box[0]), (ctypes.c_uint32 * 2)(1, 1)
+    every = (ctypes.c_uint32 * 2)(1, 1)
     plain = 0  # neither interleaved nor filled with anything but zeros
-    status = _driver_library().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address), int(kind), 2, ctypes.c_void_p(x.data_ptr()),
-        sizes, pitch, shape, every, plain, int(swizzle), int(promotion), plain,
-    )  # fmt: skip
-    _checked((driver.CUresult(status),))
+    for i, height in enumerate(heights):
+        shape = (ctypes.c_uint32 * 2)(width, height)
+        status = _driver_library().cuTensorMapEncodeTiled(
+            ctypes.c_void_p(address + _MAP_BYTES * i), int(kind), 2, ctypes.c_void_p(x.data_ptr()),
+            sizes, pitch, shape, every, plain, int(swizzle), int(promotion), plain,
+        )  # fmt: skip
+        _checked((driver.CUresult(status),))
     return BoxMap(address, memory)
 
 

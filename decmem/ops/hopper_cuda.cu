@@ -50,12 +50,24 @@ __device__ __forceinline__ void stores_are_read() {
 __device__ __forceinline__ void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
+// Groups in turn: each waits until the one before it has passed the turn on.
+__device__ __forceinline__ void turn_sync(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 8) : "memory"); }
+template <int N> __device__ __forceinline__ void turn_pass(int group) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(group == N - 1 ? 8 : group + 9) : "memory");
+}
+
 // Matrix instructions run by themselves from the fence before them to the wait after them.
 __device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until no more than the last LEFT that were committed run.
 template <int LEFT = 0> __device__ __forceinline__ void mma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Numbers that they leave behind: the compiler may not use them before this.
+template <int N> __device__ __forceinline__ void held(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
 // A matrix in shared memory as they want it told: the low word has its place and the distance of

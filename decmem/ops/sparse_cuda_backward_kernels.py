@@ -29,10 +29,10 @@ from decmem.ops.sparse_tiles import (
 def query_source(PQ: int, PK: int, D: int, tiles: CudaQueryTiles, *, half: bool = False) -> str:
     """The kernel of dQ for one shape."""
     constants = {
-        "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "BRIEF": tiles.brief,
+        "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "UNIT": tiles.unit,
         "GROUPS": tiles.groups, "STAGES": tiles.stages, "HALF": int(half),
     }  # fmt: skip
-    instructions = products({tiles.span, tiles.brief}, half) + weighted(D, half)
+    instructions = products({tiles.span}, half) + weighted(D, half)
     names = "numbers", "hopper", "listed", "sparse_query_gradient"
     return defined(constants) + instructions + texts(*names)
 
@@ -61,7 +61,7 @@ def suits_queries(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> boo
     """Whether dQ is taken of inputs that have no `sparse_cuda_kernels.obstacle`."""
     PQ, PK, D = q.shape[3], k.shape[3], q.shape[4]
     tiles = cuda_query_tiles(PQ, PK, D, valid is not None)
-    return tiles is not None and slots * LIST_ENTRY <= tiles.room(D)
+    return tiles is not None and (slots + 1) * LIST_ENTRY <= tiles.room(D)
 
 
 def suits_keys(q: Tensor, k: Tensor) -> bool:
@@ -83,9 +83,10 @@ def run_query_gradient(
     half = q.dtype == torch.float16
     kernel = _kernel("query_gradient", q.device, query_source, PQ, PK, D, tiles, half)
     kernel.launch(
-        B * H * NQ * cdiv(PQ, 64 * tiles.groups), 128 * tiles.groups, slots * LIST_ENTRY,
-        q, boxes(keys, tiles.span, 64), boxes(values, tiles.span, 64),
-        boxes(values, tiles.span, rest_columns(D) or 16), lists, valid, grad, lse, delta, dq,
+        B * H * NQ * cdiv(PQ, 64 * tiles.groups), 128 * (tiles.groups + 1),
+        (slots + 1) * LIST_ENTRY,
+        q, boxes(keys, tiles.heights, 64), boxes(values, tiles.heights, 64),
+        boxes(values, tiles.heights, rest_columns(D) or 16), lists, valid, grad, lse, delta, dq,
         B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head,
         0 if valid is None else valid.shape[0], float(scale), float(scale * LOG2E),
@@ -113,9 +114,9 @@ def run_key_gradient(
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     kernel.launch(
         min(programs, B * H * NK), 128 * (tiles.groups + 1), 0,
-        *(boxes(x, PK, width) for x in (keys, values) for width in widths),
-        *(boxes(blocks(x), tiles.span, 64) for x in (q, grad)),
-        *(boxes(blocks(x), PK, width) for x in (dk, dv) for width in widths),
+        *(boxes(x, [PK], width) for x in (keys, values) for width in widths),
+        *(boxes(blocks(x), [tiles.span], 64) for x in (q, grad)),
+        *(boxes(blocks(x), [PK], width) for x in (dk, dv) for width in widths),
         dk, dv, readers, offsets, valid, lse, delta, taken,
         B, H, lists.shape[1], NQ, NK, readers.shape[-1], int(lists.shape[0] > 1),
         keys.world, keys.head, values.world, values.head,

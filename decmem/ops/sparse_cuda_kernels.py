@@ -4,6 +4,7 @@ One kernel is compiled per shape of blocks.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,14 +33,14 @@ def source(
 ) -> str:  # fmt: skip
     """The kernel for one shape; `gate`: columns of the gate, 0 without a local branch."""
     constants = {
-        "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "BRIEF": tiles.brief,
-        "GROUPS": tiles.groups, "STAGES": tiles.stages, "AHEAD": int(tiles.ahead),
+        "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "UNIT": tiles.unit,
+        "GROUPS": tiles.groups, "STAGES": tiles.stages, "HELD": int(tiles.held),
         "HALF": int(half), "GATED": gate, "PARTIAL": int(partial),
         # float16 does not reach far enough.
         "STEADY": int(not half),
         "out_t": "float" if partial else "unsigned short", "alm_t": alm_type, "gate_t": gate_type,
     }  # fmt: skip
-    instructions = products({tiles.span, tiles.brief}, half) + weighted(D, half)
+    instructions = products({tiles.span}, half) + weighted(D, half)
     return defined(constants) + instructions + texts("numbers", "hopper", "listed", "sparse")
 
 
@@ -64,8 +65,8 @@ def obstacle(q: Tensor, k: Tensor, valid: Tensor | None, slots: int) -> str | No
         return "takes `valid` as counts, not as slots"
     tiles = cuda_tiles(PQ, PK, D, valid is not None)
     if PQ <= 32 or tiles is None:
-        return f"takes blocks of a multiple of 64, 80 or 96 slots, not {PQ} x {PK}"
-    most = tiles.room(D) // LIST_ENTRY
+        return f"takes blocks of more than 32 slots of queries, 16 n of keys, not {PQ} x {PK}"
+    most = tiles.room(D) // LIST_ENTRY - 1
     return None if slots <= most else f"takes lists of {most} blocks at most here, not {slots}"
 
 
@@ -78,11 +79,11 @@ def _split_of(programs: int, tiles: CudaTiles, slots: int, device: torch.device)
     return cuda_split_of(programs, tiles.groups, slots, device)
 
 
-def boxes(x: Blocks, rows: int, width: int) -> BoxMap:
+def boxes(x: Blocks, heights: Sequence[int], width: int) -> BoxMap:
     """The lines of `x`, from its first to its last, for the copy engine."""
     B, H, N, P, D = x.tensor.shape
     lines = ((B - 1) * x.world + (H - 1) * x.head + N) * P
-    return box_map(x.tensor, lines, D, (rows, width))
+    return box_map(x.tensor, lines, D, heights, width)
 
 
 def _element(x: Tensor | None) -> str:
@@ -122,9 +123,9 @@ def run_forward(
         partial=split > 1, alm_type=_element(joined[0]), gate_type=_element(joined[1]),
     )  # fmt: skip
     kernel.launch(
-        programs * split, 128 * tiles.groups, slots * LIST_ENTRY,
-        q, boxes(keys, tiles.span, 64), boxes(keys, tiles.span, rest_columns(D) or 16),
-        boxes(values, tiles.span, 64),
+        programs * split, 128 * (tiles.groups + 1), (slots + 1) * LIST_ENTRY,
+        q, boxes(keys, tiles.heights, 64), boxes(keys, tiles.heights, rest_columns(D) or 16),
+        boxes(values, tiles.heights, 64),
         lists, valid, *target, *joined,
         B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head,

@@ -1,10 +1,9 @@
 // Block-sparse attention for Hopper GPUs, gradient of the queries. Programs, groups and the ring of stages
 // as in `sparse_cuda`; weights are made again from the forward's log-sum-exp.
 //
-// Defined in front of this text, besides what `hopper_cuda` wants: PQ and PK slots of a block, SPAN keys
-// of a step (divides PK), BRIEF keys of a step whose span holds no more tokens, GROUPS warp groups,
-// STAGES (a power of two), and the matrix instructions: Scores<W>::first and ::more, products of 64 rows
-// with W keys, and `weighted`, of 64 rows with 16 keys.
+// Defined in front of this text, besides what `hopper_cuda` and `listed_cuda` want: PQ and PK slots of a
+// block, SPAN keys of a step, UNIT keys of a copy, GROUPS warp groups, STAGES, and the matrix instructions:
+// Scores<W>::first and ::more, products of 64 rows with W keys, and `weighted`, of 64 rows with 16 keys.
 //
 // Queries lie in registers and gradients of the output in shared memory: its bandwidth is nearly used up
 // where tensor cores read both from there, and registers where they read neither.
@@ -16,12 +15,10 @@ constexpr int V_BYTES = SPAN * 128, V_REST_BYTES = SPAN * REST_PAD * 2;
 constexpr int G_AT = 0, G_REST_AT = G_AT + GROUPS * G_BYTES;
 constexpr int K_AT = up(G_REST_AT + GROUPS * G_REST_BYTES, 1024), V_AT = K_AT + STAGES * K_STAGE;
 constexpr int V_REST_AT = V_AT + STAGES * V_BYTES;
-constexpr int FULL = up(V_REST_AT + STAGES * V_REST_BYTES, 1024), FREE = FULL + 8 * STAGES;
-constexpr int LIST = FREE + 8 * STAGES;  // of each listed block its number and its tokens
+constexpr int TOKENS_AT = up(V_REST_AT + STAGES * V_REST_BYTES, 1024);  // of each unit of a stage, a byte
+constexpr int FULL = TOKENS_AT + 16 * STAGES, FREE = FULL + 8 * STAGES, LIST = FREE + 8 * STAGES;
 // Without the list; the rest of the 1024 is for the alignment.
 extern "C" __constant__ int shared_bytes = LIST + 1024;
-
-struct Maps { const TensorMap *keys, *values, *rest; };
 
 // Slices of the head dim that products take.
 constexpr int SLICES = (D + 15) / 16;
@@ -30,18 +27,13 @@ constexpr int SLICES = (D + 15) / 16;
 // only the upper eight rows of each warp's sixteen exist.
 template <bool HALF_ROWS> struct Group {
   const u32 shared, g_main, g_rest;
-  const int steps, k_line, v_line;
-  const bool feeds;
   const float scale;
-  const Maps maps;
   u32 queries[SLICES][4];
   float lse0, lse1, delta0, delta1, dq[D / 2];
 
-  __device__ __forceinline__ Group(
-      u32 shared, int group, int steps, int k_line, int v_line, float scale, Maps maps)
+  __device__ __forceinline__ Group(u32 shared, int group, float scale)
       : shared(shared), g_main(place(shared + G_AT + group * G_BYTES, 16)),
-        g_rest(place(shared + G_REST_AT + group * G_REST_BYTES, 16)), steps(steps), k_line(k_line), v_line(v_line),
-        feeds(group == GROUPS - 1 && threadIdx.x % 128 == 0), scale(scale), maps(maps) {}
+        g_rest(place(shared + G_REST_AT + group * G_REST_BYTES, 16)), scale(scale) {}
 
   // The first of a thread's two rows; the other is eight further.
   __device__ __forceinline__ int row_of_thread(int row0) {
@@ -51,6 +43,7 @@ template <bool HALF_ROWS> struct Group {
   __device__ __forceinline__ void take(
       const u16* __restrict__ q, const u16* __restrict__ grad, const float* __restrict__ lse,
       const float* __restrict__ delta, long long line, int row0, int group) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     const int row = row_of_thread(row0);
 #pragma unroll
     for (int k = 0; k < SLICES; ++k)
@@ -69,86 +62,83 @@ template <bool HALF_ROWS> struct Group {
     group_sync(group);
   }
 
-  // Starts the copies of span `m` once all groups have done with what lies there.
-  __device__ __forceinline__ void feed(int m) {
-    const int at = m & (STAGES - 1);
-    const int key = block_of(shared + LIST, m) * PK + m % SPANS * SPAN;
-    const u32 full = shared + FULL + 8 * at, keys = shared + K_AT + at * K_STAGE;
-    bar_wait(shared + FREE + 8 * at, ~(m / STAGES) & 1);
-    bar_expect(full, K_STAGE + V_BYTES + V_REST_BYTES);
-    copy_box(keys, maps.keys, 0, k_line + key, full);
-    if (REST) copy_box(keys + K_BYTES, maps.keys, MAIN, k_line + key, full);
-    copy_box(shared + V_AT + at * V_BYTES, maps.values, 0, v_line + key, full);
-    if (REST) copy_box(shared + V_REST_AT + at * V_REST_BYTES, maps.rest, MAIN, v_line + key, full);
-  }
-
-  // Step `n`, of which the first W keys hold all tokens.
-  template <int W> __device__ __forceinline__ void step(int n) {
-    const int at = n & (STAGES - 1);
-    const u32 k_main = place(shared + K_AT, K_BYTES) + at * (K_STAGE >> 4), k_rest = k_main + (K_BYTES >> 4);
+  // Starts the products of step `n`: of queries with keys, and of gradients with values.
+  __device__ __forceinline__ void multiply(float (&p)[SPAN / 2], float (&dp)[SPAN / 2], int n) {
+    const int at = n % STAGES;
+    const u32 k_main = place(shared + K_AT, 16) + at * (K_STAGE >> 4), k_rest = k_main + (K_BYTES >> 4);
     const u32 v_main = place(shared + V_AT, 16) + at * (V_BYTES >> 4);
     const u32 v_rest = place(shared + V_REST_AT, 16) + at * (V_REST_BYTES >> 4);
-    float p[SPAN / 2], dp[SPAN / 2];
     bar_wait(shared + FULL + 8 * at, n / STAGES & 1);
     mma_fence();
 #pragma unroll
     for (int k = 0; k < SLICES; ++k) {
       const u64 keys = matrix<WIDE>(k < MAIN / 16 ? k_main + 2 * k : k_rest + 2 * (k - MAIN / 16));
-      if (k == 0) Scores<W>::first(p, queries[k], keys);
-      else Scores<W>::more(p, queries[k], keys);
+      if (k == 0) Scores<SPAN>::first(p, queries[k], keys);
+      else Scores<SPAN>::more(p, queries[k], keys);
     }
     mma_commit();
-    Scores<W>::first(dp, matrix<WIDE>(g_main), matrix<WIDE>(v_main));
 #pragma unroll
-    for (int k = 1; k < MAIN / 16; ++k) Scores<W>::more(dp, matrix<WIDE>(g_main + 2 * k), matrix<WIDE>(v_main + 2 * k));
-#pragma unroll
-    for (int k = 0; k < REST_PAD / 16; ++k)
-      Scores<W>::more(dp, matrix<NARROW>(g_rest + 2 * k), matrix<NARROW>(v_rest + 2 * k));
+    for (int k = 0; k < SLICES; ++k) {
+      const bool main = k < MAIN / 16;
+      const u64 grads = main ? matrix<WIDE>(g_main + 2 * k) : matrix<NARROW>(g_rest + 2 * (k - MAIN / 16));
+      const u64 values = main ? matrix<WIDE>(v_main + 2 * k) : matrix<NARROW>(v_rest + 2 * (k - MAIN / 16));
+      if (k == 0) Scores<SPAN>::first(dp, grads, values);
+      else Scores<SPAN>::more(dp, grads, values);
+    }
     mma_commit();
-    mma_wait<1>();
+  }
+
+  // Weights of step `n` from its scores.
+  __device__ __forceinline__ void weigh(float (&p)[SPAN / 2], int n) {
 #pragma unroll
-    for (int i = 0; i < W / 2; ++i) {
+    for (int i = 0; i < SPAN / 2; ++i) {
       if (HALF_ROWS && i & 2) p[i] = 0;
       else p[i] = exp2_of(fmaf(p[i], scale, i & 2 ? -lse1 : -lse0));
     }
-    const int tokens = tokens_of(shared + LIST, n), left = tokens - 2 * (threadIdx.x % 4);
-    // All threads agree; voting tells the compiler so.
-    if (__any_sync(~0u, tokens < W)) {
-#pragma unroll
-      for (int i = 0; i < W / 2; ++i)
-        if (i / 4 * 8 + i % 2 >= left) p[i] = 0;
-    }
-    mma_wait();
-#pragma unroll
-    for (int c = 0; c < W / 16; ++c) {
-      u32 ds[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int x = 8 * c + 2 * i;
-        const float delta = i & 1 ? delta1 : delta0;
-        ds[i] = HALF_ROWS && i & 1 ? 0 : packed(p[x] * (dp[x] - delta), p[x + 1] * (dp[x + 1] - delta));
-      }
-      // These meet their keys while the next are computed.
-      mma_fence();
-      weighted(dq, ds, matrix<WIDE>(k_main + 128 * c));
-      mma_commit();
-    }
-    // The others have done with step n - 1 or soon will: this refills its stage.
-    if (feeds && n + STAGES - 1 < steps) feed(n + STAGES - 1);
-    mma_wait();
-    if (threadIdx.x % 32 == 0) bar_arrive(shared + FREE + 8 * at);
+    Tokens(shared + TOKENS_AT + 16 * (n % STAGES)).mask(p, 0);
   }
 
-  __device__ __forceinline__ void walk() {
+  // Gradients of 16 scores, from the `c`th on.
+  __device__ __forceinline__ void slope(const float (&p)[SPAN / 2], const float (&dp)[SPAN / 2], u32 (&ds)[4], int c) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int x = 8 * c + 2 * i;
+      const float delta = i & 1 ? delta1 : delta0;
+      ds[i] = HALF_ROWS && i & 1 ? 0 : packed(p[x] * (dp[x] - delta), p[x + 1] * (dp[x + 1] - delta));
+    }
+  }
+  __device__ __forceinline__ u32 keys_of(int n) { return place(shared + K_AT, K_BYTES) + n % STAGES * (K_STAGE >> 4); }
+  __device__ __forceinline__ void free_stage(int n) {
+    if (threadIdx.x % 32 == 0) bar_arrive(shared + FREE + 8 * (n % STAGES));
+  }
+
+  __device__ __forceinline__ void walk(int entries) {
+    __syncthreads();
+    const int steps = (units_of(shared + LIST, entries) + UNITS - 1) / UNITS;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) dq[i] = 0;
-    if (feeds)
-      for (int m = 0; m < STAGES - 1 && m < steps; ++m) feed(m);
 #pragma unroll 1
     for (int n = 0; n < steps; ++n) {
-      if (BRIEF < SPAN && __any_sync(~0u, tokens_of(shared + LIST, n) <= BRIEF)) step<BRIEF>(n);
-      else step<SPAN>(n);
+      float p[SPAN / 2], dp[SPAN / 2];
+      multiply(p, dp, n);
+      mma_wait<1>();
+      held(p);
+      weigh(p, n);
+      mma_wait();
+      held(dp);
+#pragma unroll
+      for (int c = 0; c < SPAN / 16; ++c) {
+        u32 ds[4];
+        slope(p, dp, ds, c);
+        // These meet their keys while the next are computed.
+        mma_fence();
+        weighted(dq, ds, matrix<WIDE>(keys_of(n) + 128 * c));
+        mma_commit();
+      }
+      mma_wait();
+      free_stage(n);
     }
+    held(dq);
   }
 
   // `factor` of the scores; dq lacks it.
@@ -167,16 +157,16 @@ template <bool HALF_ROWS> struct Group {
 
 // Arguments as of the Triton kernel; keys and values as maps of the copy engine, values once more in boxes
 // of their REST_PAD last columns. `period` is 0 where all slots hold tokens.
-extern "C" __global__ void __launch_bounds__(128 * GROUPS, 1) query_gradient(
-    const u16* __restrict__ q, const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap values,
-    const __grid_constant__ TensorMap rest, const int* __restrict__ lists, const int* __restrict__ valid,
+extern "C" __global__ void __launch_bounds__(THREADS, 1) query_gradient(
+    const u16* __restrict__ q, const __grid_constant__ Maps keys, const __grid_constant__ Maps values,
+    const __grid_constant__ Maps rest, const int* __restrict__ lists, const int* __restrict__ valid,
     const u16* __restrict__ grad, const float* __restrict__ lse, const float* __restrict__ delta, u16* __restrict__ dq,
     int B, int H, int G, int NQ, int slots, int lists_world, int k_world, int k_head, int v_world, int v_head,
     int period, float factor, float scale) {
   extern __shared__ char raw[];
   const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
   // Told by one thread, so that the compiler knows that the warp agrees.
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), group = warp / 4;
   int program = blockIdx.x;
   const int row0 = program % PROGRAMS * 64 * GROUPS + group * 64;
   program /= PROGRAMS;
@@ -185,27 +175,41 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS, 1) query_gradient(
   const int b = program % B, h = program / B;
 
   lists += b * lists_world + ((G > 1 ? h : 0) * NQ + i) * slots;
-  const int filled = filled_of(lists, slots);
-  put_list(shared + LIST, lists, valid, period, 0, filled);
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; ++s) bar_init(shared + FULL + 8 * s, 1), bar_init(shared + FREE + 8 * s, 4 * GROUPS);
-    bars_are_set();
-  }
-  __syncthreads();
-
-  const int steps = __shfl_sync(~0u, filled * SPANS, 0);
   const long long line = ((long long)(b * H + h) * NQ + i) * PQ;
-  const int k_line = (b * k_world + h * k_head) * PK, v_line = (b * v_world + h * v_head) * PK;
-  const Maps maps = {&keys, &values, &rest};
-  if (HALF_LAST && group == GROUPS - 1) {
-    Group<true> rows(shared, group, steps, k_line, v_line, scale, maps);
+  if (group == GROUPS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SPARED));
+    if (warp % 4 == 0) put_list(shared + LIST, lists, valid, period, 0, slots);
+    if (threadIdx.x % 128 == 32) {
+      for (int s = 0; s < STAGES; ++s) bar_init(shared + FULL + 8 * s, 2), bar_init(shared + FREE + 8 * s, 4 * GROUPS);
+      bars_are_set();
+    }
+    __syncthreads();
+    const int steps = (units_of(shared + LIST, slots) + UNITS - 1) / UNITS;
+    const int k_line = (b * k_world + h * k_head) * PK, v_line = (b * v_world + h * v_head) * PK;
+    if (warp % 4 == 0)
+      feed<K_STAGE>(
+          shared + LIST, slots, 0, steps, shared + FULL, shared + FREE,
+          [&](int at, u32 full, int unit, int units, int slot, int tokens) {
+            put_tokens(shared + TOKENS_AT + 16 * at, unit, units, tokens);
+            copy_wide(shared + K_AT + at * K_STAGE, keys, k_line + slot, unit, units, full);
+          });
+    if (warp % 4 == 1)
+      feed<V_BYTES + V_REST_BYTES>(
+          shared + LIST, slots, 0, steps, shared + FULL, shared + FREE,
+          [&](int at, u32 full, int unit, int units, int slot, int) {
+            copy_narrow(
+                shared + V_AT + at * V_BYTES, shared + V_REST_AT + at * V_REST_BYTES, values, rest, v_line + slot, unit,
+                units, full);
+          });
+  } else if (HALF_LAST && group == GROUPS - 1) {
+    Group<true> rows(shared, group, scale);
     rows.take(q, grad, lse, delta, line, row0, group);
-    rows.walk();
+    rows.walk(slots);
     rows.finish(dq, factor, line, row0);
   } else {
-    Group<false> rows(shared, group, steps, k_line, v_line, scale, maps);
+    Group<false> rows(shared, group, scale);
     rows.take(q, grad, lse, delta, line, row0, group);
-    rows.walk();
+    rows.walk(slots);
     rows.finish(dq, factor, line, row0);
   }
 }

@@ -43,20 +43,26 @@ class KeyTiles(NamedTuple):
 
 
 class CudaTiles(NamedTuple):
-    """Of the forward in CUDA C++: a step has `span` keys, or `brief` where its span holds no more
-    tokens; constants of `sparse_cuda.cu`."""
+    """Of the forward in CUDA C++: a step has `span` keys, copied `unit` at a time; constants of
+    `sparse_cuda.cu`."""
 
     span: int
-    brief: int
+    unit: int
     groups: int
     stages: int
-    ahead: bool
+    held: bool
+
+    @property
+    def heights(self) -> range:
+        """Keys that one copy can bring."""
+        return range(self.unit, self.span + 1, self.unit)
 
     def shared_bytes(self, D: int) -> int:
         """Shared memory of a program, without its list."""
         rest = rest_columns(D)
         stage = self.span * (128 + 2 * rest + (256 if rest else 128))
-        return self.groups * 64 * (128 + 2 * rest) + self.stages * (stage + 32) + 2048
+        queries = 0 if self.held else self.groups * 64 * (128 + 2 * rest)
+        return queries + self.stages * (stage + 48) + 3072
 
     def room(self, D: int) -> int:
         """Bytes that are left for the list."""
@@ -67,15 +73,20 @@ class CudaQueryTiles(NamedTuple):
     """The same of dQ; constants of `sparse_query_gradient_cuda.cu`."""
 
     span: int
-    brief: int
+    unit: int
     groups: int
     stages: int
+
+    @property
+    def heights(self) -> range:
+        """Keys that one copy can bring."""
+        return range(self.unit, self.span + 1, self.unit)
 
     def shared_bytes(self, D: int) -> int:
         """Shared memory of a program, without its list."""
         rest = rest_columns(D)
         stage = self.span * (256 + 2 * rest + (128 if rest else 0))
-        return self.groups * 64 * (128 + 2 * rest) + self.stages * (stage + 16) + 3072
+        return self.groups * 64 * (128 + 2 * rest) + self.stages * (stage + 32) + 4096
 
     def room(self, D: int) -> int:
         """Bytes that are left for the list."""
@@ -206,7 +217,7 @@ def key_tiles(PQ: int, PK: int, D: int, element_size: int) -> KeyTiles:
 
 
 # Programs of one warp group are small enough for so many to run side by side.
-_PER_MULTIPROCESSOR = 3
+_PER_MULTIPROCESSOR = 2
 
 # What putting parts of lists together costs a program, in slots of keys.
 _MERGE = 460
@@ -232,20 +243,28 @@ def rest_columns(D: int) -> int:
     return 0 if D <= 64 else 16 if D <= 80 else 32 if D <= 96 else 64
 
 
-def cuda_tiles(PQ: int, PK: int, D: int, masked: bool) -> CudaTiles | None:
-    """The default of the forward in CUDA C++, or None where blocks do not suit it.
+_SPANS = (128, 112, 96, 80, 64, 48, 32)
 
-    Three groups have 168 registers a thread, for two steps' scores and a row's sums where those of
-    the next keys are computed ahead.
-    """
+
+def _unit(span: int, PK: int, masked: bool) -> int:
+    """Slots to leave out at once where they hold no token; as many as possible where all do."""
+    return 16 if masked else math.gcd(span, PK)
+
+
+def cuda_tiles(PQ: int, PK: int, D: int, masked: bool) -> CudaTiles | None:
+    """The default of the forward in CUDA C++, or None where blocks do not suit it."""
     groups = _row_tiles(PQ, 64, 3)
-    for span, ahead in ((80, True), (64, groups < 3), (96, False), (80, False), (64, False)):
-        if PK % span or (ahead and groups == 3 and D > 80):
+    # Registers for scores, weights, the output's sums and, where there is room, queries: of the
+    # 224, 240 or 160 that a thread has.
+    room = (190, 204, 132)[groups - 1]
+    for span in _SPANS:
+        needed, queries = D // 2 + span // 2 + span // 4, cdiv(D, 16) * 4
+        if PK % 16 or needed > room:
             continue
-        brief = span - 16 if ahead and masked else span
-        for stages in (4,) if ahead else (4, 2):
-            tiles = CudaTiles(span, brief, groups, stages, ahead)
-            if tiles.room(D) >= 8192:
+        for stages in (4, 3, 2):
+            unit, held = _unit(span, PK, masked), needed + queries <= room
+            tiles = CudaTiles(span, unit, groups, stages, held)
+            if tiles.room(D) >= 8192 + (MOST_SHARED_BYTES // 2 if groups == 1 else 0):
                 return tiles
     return None
 
@@ -255,14 +274,14 @@ def cuda_query_tiles(PQ: int, PK: int, D: int, masked: bool) -> CudaQueryTiles |
     groups = _row_tiles(PQ, 64, 3)
     if groups == 1:
         return None
-    for span in (80, 64, 96, 32):
-        # Registers for the gradient, queries and two products, of the 168 or more of a thread.
-        if PK % span == 0 and D // 2 + D // 4 + span <= (138 if groups == 3 else 210):
-            brief = span - 16 if masked else span
-            for stages in (4, 2):
-                tiles = CudaQueryTiles(span, brief, groups, stages)
-                if tiles.room(D) >= 8192:
-                    return tiles
+    for span in _SPANS:
+        # Registers for the gradient, queries and two products.
+        if PK % 16 or D // 2 + cdiv(D, 16) * 4 + span > (128 if groups == 3 else 160):
+            continue
+        for stages in (4, 3, 2):
+            tiles = CudaQueryTiles(span, _unit(span, PK, masked), groups, stages)
+            if tiles.room(D) >= 8192:
+                return tiles
     return None
 
 

@@ -33,6 +33,7 @@ SHAPES = {
     "small-head": (96, 320, 40, True),
     "large": (192, 192, 128, True),
     "several-programs": (480, 320, 72, True),
+    "small-keys": (160, 48, 64, True),
 }
 
 
@@ -88,7 +89,8 @@ def test_a_wrong_source_is_told() -> None:
 
 
 def test_what_does_not_suit() -> None:
-    assert cuda_tiles(160, 48, 64, True) is None
+    assert cuda_tiles(160, 40, 64, True) is None
+    assert cuda_query_tiles(160, 40, 64, True) is None
     assert cuda_query_tiles(64, 64, 64, False) is None
     assert cuda_key_tiles(160, 64, 64) is None
     assert cuda_key_tiles(160, 320, 72) is None
@@ -141,6 +143,8 @@ RUNS = {
     "large": ((1, 1, 1, 3, 192, 6, 192, 128, 4, 1), [190, 100]),
     "several-programs": ((1, 1, 1, 3, 480, 5, 320, 72, 3, 1), [300]),
     "odd-spans": ((1, 2, 2, 3, 160, 9, 80, 72, 7, 1), [80, 64, 71]),
+    "small-keys": ((1, 2, 2, 3, 160, 9, 48, 72, 7, 1), [48, 33, 1]),
+    "sixteen": ((1, 2, 2, 3, 96, 40, 16, 64, 30, 1), None),
 }
 
 
@@ -268,11 +272,11 @@ def test_company_changes_no_bit() -> None:
 @pytest.mark.parametrize(
     "tiles",
     [
-        CudaTiles(80, 64, 3, 4, True),
+        CudaTiles(80, 16, 3, 4, True),
         CudaTiles(80, 80, 3, 4, True),
-        CudaTiles(80, 80, 3, 2, False),
-        CudaTiles(32, 16, 3, 8, True),
-        CudaTiles(160, 160, 3, 2, False),
+        CudaTiles(96, 32, 3, 2, False),
+        CudaTiles(32, 16, 3, 7, True),
+        CudaTiles(16, 16, 3, 3, False),
     ],
     ids=str,
 )

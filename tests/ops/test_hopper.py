@@ -38,8 +38,8 @@ def test_lists_are_cut_where_that_leaves_less_of_the_gpu_idle(
     assert cuda_split_of(1152, 3, slots, cuda) == 1
     assert cuda_split_of(66, 3, slots, cuda) == 2
     assert cuda_split_of(33, 3, slots, cuda) == 4
-    # Three programs of one group run side by side.
-    assert cuda_split_of(396, 1, slots, cuda) == 1
+    # Two programs of one group run side by side.
+    assert cuda_split_of(264, 1, slots, cuda) == 1
     # Parts of a short list are not worth their merging.
     assert cuda_split_of(576, 3, 160, cuda) == 1
     assert cuda_split_of(33, 3, slots, torch.device("cpu")) == 1
