@@ -8,8 +8,9 @@ constexpr int PROGRAMS = (PQ + 64 * GROUPS - 1) / (64 * GROUPS);
 // The last group may have no more than 32 rows: one in each upper half of a warp's tile of 16, so that
 // no thread works for rows that do not exist.
 constexpr bool HALF_LAST = PROGRAMS == 1 && PQ % 64 != 0 && PQ % 64 <= 32;
-// A warp group more feeds the others. It needs few registers.
-constexpr int THREADS = 128 * (GROUPS + 1), SPARED = 32, REGISTERS = GROUPS == 3 ? 160 : GROUPS == 2 ? 240 : 224;
+// A warp group more feeds the others. It leaves them registers: all have 128, 168 or 128 at first.
+constexpr int THREADS = 128 * (GROUPS + 1);
+constexpr int SPARED = GROUPS == 2 ? 24 : 32, REGISTERS = GROUPS == 3 ? 160 : GROUPS == 2 ? 240 : 224;
 constexpr int PROGRAMS_AT_ONCE = GROUPS == 1 ? 2 : 1;
 constexpr int LIST_ENTRY = 8, TOKEN_BITS = 12;
 static_assert(PK < 1 << TOKEN_BITS, "tokens of a block");
