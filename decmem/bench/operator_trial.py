@@ -29,7 +29,9 @@ def refusals(
     All are tried at the same time, each way and shape alone.
     """
     started = time.monotonic()
-    environment = os.environ | {"PYTHONPATH": str(Path(decmem.__file__).parent.parent)}
+    own = str(Path(decmem.__file__).parent.parent)
+    places = [own, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
     trials = {}
     for way in ways:
         for shape in shapes:

@@ -1,6 +1,7 @@
 // Programs that walk the list of a query block, for `sparse_cuda` and `sparse_query_gradient_cuda`. Their
 // keys are the tokens of the listed blocks one after another, in units of UNIT slots: UNITS to a step,
-// whichever blocks they are of. Units without a token are left out.
+// whichever blocks they are of. Units without a token are left out. WHOLE: no step lacks a
+// token.
 
 constexpr int UNITS = SPAN / UNIT;
 static_assert(SPAN % UNIT == 0 && PK % UNIT == 0 && UNIT % 16 == 0 && UNITS <= 16, "units of steps and blocks");
@@ -10,7 +11,7 @@ constexpr int PROGRAMS = (PQ + 64 * GROUPS - 1) / (64 * GROUPS);
 constexpr bool HALF_LAST = PROGRAMS == 1 && PQ % 64 != 0 && PQ % 64 <= 32;
 // A warp group more feeds the others. It leaves them registers: all have 128, 168 or 128 at first.
 constexpr int THREADS = 128 * (GROUPS + 1);
-constexpr int SPARED = GROUPS == 2 ? 24 : 32, REGISTERS = GROUPS == 3 ? 160 : GROUPS == 2 ? 240 : 224;
+constexpr int SPARED = GROUPS == 2 ? 40 : 32, REGISTERS = GROUPS == 3 ? 160 : GROUPS == 2 ? 232 : 224;
 constexpr int PROGRAMS_AT_ONCE = GROUPS == 1 ? 2 : 1;
 constexpr int LIST_ENTRY = 8, TOKEN_BITS = 12;
 static_assert(PK < 1 << TOKEN_BITS, "tokens of a block");
@@ -126,6 +127,7 @@ struct Tokens {
   u32 words[(UNITS + 3) / 4];
 
   __device__ __forceinline__ Tokens(u32 at) {
+    if (WHOLE) return;
 #pragma unroll
     for (int i = 0; i < (UNITS + 3) / 4; ++i)
       asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[i]) : "r"(at + 4 * i) : "memory");
@@ -133,6 +135,7 @@ struct Tokens {
   __device__ __forceinline__ int of(int unit) const { return words[unit / 4] >> 8 * (unit % 4) & 255; }
   // Sets what threads hold of slots without a token: columns 8 i + 2 (lane % 4) and the next of two rows.
   __device__ __forceinline__ void mask(float (&x)[SPAN / 2], float to) const {
+    if (WHOLE) return;
     bool full = true;
 #pragma unroll
     for (int i = 0; i < UNITS / 4; ++i) full &= words[i] == 0x01010101u * UNIT;

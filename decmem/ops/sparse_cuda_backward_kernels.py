@@ -26,10 +26,13 @@ from decmem.ops.sparse_tiles import (
 )
 
 
-def query_source(PQ: int, PK: int, D: int, tiles: CudaQueryTiles, *, half: bool = False) -> str:
+def query_source(
+    PQ: int, PK: int, D: int, tiles: CudaQueryTiles, masked: bool, *, half: bool = False
+) -> str:
     """The kernel of dQ for one shape."""
     constants = {
         "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "UNIT": tiles.unit,
+        "WHOLE": int(not masked and PK % tiles.span == 0),
         "GROUPS": tiles.groups, "STAGES": tiles.stages, "HALF": int(half),
     }  # fmt: skip
     instructions = products({tiles.span}, half) + weighted(D, half)
@@ -40,10 +43,11 @@ def query_source(PQ: int, PK: int, D: int, tiles: CudaQueryTiles, *, half: bool 
 def key_source(PQ: int, PK: int, D: int, tiles: CudaKeyTiles, *, half: bool = False) -> str:
     """The kernel of dK and dV for one shape."""
     # What the register file has for three groups and one more, or for two.
-    registers, spared = (160, 32) if tiles.groups == 3 else (232, 40)
+    registers, spared = (160, 32) if tiles.groups == 3 else (240, 24)
     constants = {
         "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "GROUPS": tiles.groups,
         "STAGES": tiles.stages, "REGISTERS": registers, "SPARED": spared,
+        "AHEAD": int(tiles.groups == 2),
         "HALF": int(half),
     }  # fmt: skip
     instructions = products({tiles.span}, half) + weighted(D, half)
@@ -81,7 +85,9 @@ def run_query_gradient(
     assert tiles is not None
     keys, values, dq = blocks(k), blocks(v), torch.empty_like(q)
     half = q.dtype == torch.float16
-    kernel = _kernel("query_gradient", q.device, query_source, PQ, PK, D, tiles, half)
+    kernel = _kernel(
+        "query_gradient", q.device, query_source, PQ, PK, D, tiles, valid is not None, half
+    )
     kernel.launch(
         B * H * NQ * cdiv(PQ, 64 * tiles.groups), 128 * (tiles.groups + 1),
         (slots + 1) * LIST_ENTRY,

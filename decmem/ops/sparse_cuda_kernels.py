@@ -28,12 +28,13 @@ LIST_ENTRY = 8
 
 
 def source(
-    PQ: int, PK: int, D: int, tiles: CudaTiles, *, half: bool = False, gate: int = 0,
+    PQ: int, PK: int, D: int, tiles: CudaTiles, *, masked: bool, half: bool = False, gate: int = 0,
     partial: bool = False, alm_type: str = "unsigned short", gate_type: str = "unsigned short",
 ) -> str:  # fmt: skip
     """The kernel for one shape; `gate`: columns of the gate, 0 without a local branch."""
     constants = {
         "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "UNIT": tiles.unit,
+        "WHOLE": int(not masked and PK % tiles.span == 0),
         "GROUPS": tiles.groups, "STAGES": tiles.stages, "HELD": int(tiles.held),
         "HALF": int(half), "GATED": gate, "PARTIAL": int(partial),
         # float16 does not reach far enough.
@@ -119,7 +120,8 @@ def run_forward(
     alm, gate = _readable(alm, q), _readable(gate, q)
     joined = (alm, gate) if split == 1 else (None, None)
     kernel = _kernel(
-        q.device, PQ, PK, D, tiles, half=q.dtype == torch.float16, gate=gated(joined[1]),
+        q.device, PQ, PK, D, tiles, masked=valid is not None, half=q.dtype == torch.float16,
+        gate=gated(joined[1]),
         partial=split > 1, alm_type=_element(joined[0]), gate_type=_element(joined[1]),
     )  # fmt: skip
     kernel.launch(

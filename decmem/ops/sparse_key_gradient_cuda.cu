@@ -175,6 +175,75 @@ struct Group {
     return x;
   }
 
+#if AHEAD
+  struct Stage { int at, phase; };
+  __device__ __forceinline__ u32 queries_of(Stage x) { return place(shared + Q_AT, Q_BYTES) + x.at * (STAGE >> 4); }
+  __device__ __forceinline__ static void next(Stage& x) {
+    if (++x.at == STAGES) x.at = 0, x.phase ^= 1;
+  }
+  __device__ __forceinline__ void score(float (&s)[SPAN / 2], u32 own, Stage x) {
+    bar_wait(shared + FULL + 8 * x.at, x.phase);
+    mma_fence();
+    multiply(s, place(own + K_AT + group * 8192, 16), place(own + K_REST_AT + group * 128 * REST_PAD, 16), queries_of(x));
+  }
+  __device__ __forceinline__ void free_stage(int stage) {
+    if (threadIdx.x % 32 == 0) bar_arrive(shared + FREE + 8 * stage);
+  }
+
+  // Adds to the gradients of keys what the step before left in `p`, its stage being `before`.
+  __device__ __forceinline__ void add(const u32 (&p)[SPAN / 16][4], int before) {
+    const u32 q = queries_of({before, 0});
+    mma_fence();
+#pragma unroll
+    for (int c = 0; c < SPAN / 16; ++c) weighted(dk, p[c], matrix<WIDE>(q + 128 * c));
+    mma_commit();
+  }
+
+  // Step at `x`, whose scores are in `s`; leaves those of the next there, if there are MORE, and gradients
+  // of scores in `p`.
+  template <bool FIRST, bool MORE> __device__ __forceinline__ void step(
+      float (&s)[SPAN / 2], u32 (&p)[SPAN / 16][4], u32 own, Stage& x, int& before) {
+    const u32 g = queries_of(x) + (Q_STAGE >> 4);
+    const u32 lines = shared + LINES_AT + x.at * 2 * LINE_BYTES + 8 * (threadIdx.x % 4);
+    float t[SPAN / 2];
+    if (!FIRST) add(p, before);
+#pragma unroll
+    for (int i = 0; i < SPAN / 8; ++i) {
+      const float2 shift = line_of(lines, i);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) s[4 * i + r] = exp2_of(fmaf(s[4 * i + r], scale, r & 1 ? -shift.y : -shift.x));
+    }
+    if (!FIRST) {
+      mma_wait();
+      free_stage(before);
+    }
+#pragma unroll
+    for (int i = 0; i < SPAN / 4; ++i) p[i / 4][i % 4] = packed(s[2 * i], s[2 * i + 1]);
+    mma_fence();
+    multiply(t, place(own + V_AT + group * 8192, 16), place(own + V_REST_AT + group * 128 * REST_PAD, 16), g);
+#pragma unroll
+    for (int c = 0; c < SPAN / 16; ++c) weighted(dv, p[c], matrix<WIDE>(g + 128 * c));
+    mma_commit();
+    before = x.at;
+    next(x);
+    if (MORE) score(s, own, x);
+    mma_wait<MORE ? 1 : 0>();
+    held(t);
+#pragma unroll
+    for (int i = 0; i < SPAN / 8; ++i) {
+      const float2 delta = line_of(lines + LINE_BYTES, i);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        u32& of = p[i / 2][i % 2 * 2 + r];
+        of = packed(low_of(of) * (t[4 * i + 2 * r] - delta.x), high_of(of) * (t[4 * i + 2 * r + 1] - delta.y));
+      }
+    }
+    if (MORE) {
+      mma_wait();
+      held(s);
+    }
+  }
+#else
   __device__ __forceinline__ void step(u32 own, int stage) {
     const u32 k_main = place(own + K_AT + group * 8192, 16), v_main = place(own + V_AT + group * 8192, 16);
     const u32 k_rest = place(own + K_REST_AT + group * 128 * REST_PAD, 16);
@@ -220,6 +289,8 @@ struct Group {
     mma_wait();
   }
 
+#endif
+
   // Puts a gradient of 64 keys where the keys or values themselves lay: nobody else reads them.
   __device__ __forceinline__ void put(u32 main, u32 rest, const float (&x)[D / 2], float factor, int tokens) {
     const int lane = threadIdx.x % 32, top = threadIdx.x % 128 / 32 * 16;
@@ -247,7 +318,11 @@ struct Group {
   }
 
   __device__ __forceinline__ void work(float factor) {
+#if AHEAD
+    Stage x = {0, 0};
+#else
     int stage = 0, phase = 0;
+#endif
 #pragma unroll 1
     for (int turn = 0;; ++turn) {
       const int at = turn & 1;
@@ -261,6 +336,27 @@ struct Group {
       if (task < 0) return;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0;
+      held(dk), held(dv);
+#if AHEAD
+      float s[SPAN / 2];
+      u32 p[SPAN / 16][4];
+      int before;
+      score(s, own, x);
+      mma_wait();
+      held(s);
+      if (steps == 1) {
+        step<true, false>(s, p, own, x, before);
+      } else {
+        step<true, true>(s, p, own, x, before);
+#pragma unroll 1
+        for (int n = 2; n < steps; ++n) step<false, true>(s, p, own, x, before);
+        step<false, false>(s, p, own, x, before);
+      }
+      add(p, before);
+      mma_wait();
+      held(dk), held(dv);
+      free_stage(before);
+#else
 #pragma unroll 1
       for (int n = 0; n < steps; ++n) {
         bar_wait(shared + FULL + 8 * stage, phase);
@@ -268,6 +364,7 @@ struct Group {
         if (threadIdx.x % 32 == 0) bar_arrive(shared + FREE + 8 * stage);
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
+#endif
       finish(own, tokens, factor);
       if (threadIdx.x % 32 == 0) bar_arrive(shared + OWN_DONE + 8 * at);
     }

@@ -255,13 +255,14 @@ def cuda_tiles(PQ: int, PK: int, D: int, masked: bool) -> CudaTiles | None:
     """The default of the forward in CUDA C++, or None where blocks do not suit it."""
     groups = _row_tiles(PQ, 64, 3)
     # Registers for scores, weights, the output's sums and, where there is room, queries: of the
-    # 224, 240 or 160 that a thread has.
+    # 224, 232 or 160 that a thread has.
     room = (190, 204, 132)[groups - 1]
     for span in _SPANS:
         needed, queries = D // 2 + span // 2 + span // 4, cdiv(D, 16) * 4
         if PK % 16 or needed > room:
             continue
-        for stages in (4, 3, 2):
+        # Two groups with two stages of 128 keys are faster than with three.
+        for stages in (4, 3, 2) if groups == 3 else (4, 2):
             unit, held = _unit(span, PK, masked), needed + queries <= room
             tiles = CudaTiles(span, unit, groups, stages, held)
             if tiles.room(D) >= 8192 + (MOST_SHARED_BYTES // 2 if groups == 1 else 0):

@@ -46,11 +46,14 @@ def test_assembled_products_stay_in_flight(shape: str, half: bool) -> None:
     kinds: list[dict] = [{"gate": D, "gate_type": "float"}]
     if shape == "paper":
         kinds += [{"gate": 1}, {"partial": True}]
-    texts = [sparse_cuda_kernels.source(PQ, PK, D, tiles, half=half, **kind) for kind in kinds]
+    texts = [
+        sparse_cuda_kernels.source(PQ, PK, D, tiles, masked=masked, half=half, **kind)
+        for kind in kinds
+    ]
     backward = sparse_cuda_backward_kernels
     of_queries, of_keys = cuda_query_tiles(PQ, PK, D, masked), cuda_key_tiles(PQ, PK, D)
     if of_queries is not None:
-        texts.append(backward.query_source(PQ, PK, D, of_queries, half=half))
+        texts.append(backward.query_source(PQ, PK, D, of_queries, masked, half=half))
     if of_keys is not None:
         texts.append(backward.key_source(PQ, PK, D, of_keys, half=half))
     for text in texts:
