@@ -105,6 +105,8 @@ def _fa4(x: OperatorInputs) -> Attention:
     backward = tables(*readers(x.lists, blocks), (P, P)) if P == 128 else None
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        suits = backward is not None or not torch.is_grad_enabled()
+        _require(suits, "fa4", "blocks of 128 tokens where it has to go back")
         q, k, v = (t.flatten(2, 3).transpose(1, 2) for t in (q, k, v))
         out = flash_attn_func(
             q, k, v, block_sparse_tensors=forward, block_sparse_tensors_bwd=backward

@@ -153,9 +153,13 @@ def test_twice_the_worst_of_pytorchs_errors_is_allowed() -> None:
     assert (verdict.error, verdict.of_pytorch) == pytest.approx((0.021, 0.01), rel=1e-3)
 
 
-def test_a_trial_tells_who_may_run_here() -> None:
+def test_a_trial_tells_who_may_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It finds the libraries that this process finds.
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'seen')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     refused = refusals(["gather", "hopper"], [SMALL], CPU, torch.float32, 60)
     assert set(refused) == {("hopper", "small", "forward"), ("hopper", "small", "backward")}
+    assert (tmp_path / "seen").exists()
     # PyTorch alone takes longer to import.
     hung = refusals(["gather"], [SMALL], CPU, torch.float32, 0.0)
     assert set(hung.values()) == {SILENT}

@@ -63,6 +63,8 @@ def fa4(
     assert q.shape[1:] == (256, 2, 64)
     assert there.mask_block_cnt.sum() == 0
     assert (there.full_block_cnt == there.full_block_idx.shape[3]).all()
+    # It takes no tables that lie across.
+    assert all(t.is_contiguous() for t in (*there[:4], *back[:4]))
     for b, h, j in torch.cartesian_prod(*map(torch.arange, back.full_block_cnt.shape)).tolist():
         who = back.full_block_idx[b, h, j, : back.full_block_cnt[b, h, j]].tolist()
         assert who == [i for i in range(2) if j in there.full_block_idx[b, h, i].tolist()]
