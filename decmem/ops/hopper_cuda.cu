@@ -112,3 +112,23 @@ __device__ __forceinline__ void put_rows(u32 main, u32 rest, const u16* __restri
                  ::"r"(at), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
   }
 }
+
+// Slices of the head dim that products take.
+constexpr int SLICES = (D + 15) / 16;
+
+// The first of a thread's two rows, the other being eight further, of a group's 64 from `row0` on.
+template <bool HALF_ROWS> __device__ __forceinline__ int row_of_thread(int row0) {
+  return row0 + threadIdx.x % 128 / 32 * (HALF_ROWS ? 8 : 16) + threadIdx.x % 32 / 4;
+}
+// Takes them into registers, as products want their left side there; zeros from row `rows` on.
+template <bool HALF_ROWS> __device__ __forceinline__ void take_rows(
+    u32 (&to)[SLICES][4], const u16* __restrict__ x, long long line, int row, int rows) {
+#pragma unroll
+  for (int k = 0; k < SLICES; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = row + 8 * (i % 2), column = 16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4);
+      const bool there = r < rows && column < D && !(HALF_ROWS && i % 2);
+      to[k][i] = there ? *(const u32*)(x + (line + r) * D + column) : 0;
+    }
+}

@@ -41,9 +41,6 @@ __device__ __forceinline__ float over_quad(float x) {  // the maximum over a row
 // Where a program's results lie: from `first` on, `step` numbers from row to row.
 struct Place { long long first; int step; };
 
-// Slices of the head dim that products take.
-constexpr int SLICES = (D + 15) / 16;
-
 // What one warp group does: 64 rows of queries against all spans of the list. With HALF_ROWS only the
 // upper eight rows of each warp's sixteen exist.
 template <bool HALF_ROWS> struct Group {
@@ -51,32 +48,26 @@ template <bool HALF_ROWS> struct Group {
   const int group;
   const float scale;
   int steps, start;  // of one pass over the list, and those done before it
-  u32 queries[HELD ? SLICES : 1][4];
+#if HELD
+  u32 queries[SLICES][4];
+#endif
   float top0, top1, sum0, sum1, o[D / 2];
 
   __device__ __forceinline__ Group(u32 shared, int group, float scale)
       : shared(shared), q_main(place(shared + Q_AT + group * Q_BYTES, 16)),
         q_rest(place(shared + Q_REST_AT + group * Q_REST_BYTES, 16)), group(group), scale(scale), steps(0), start(0) {}
 
-  // Puts the group's rows of queries where the tensor cores read them.
+  // Takes the group's rows of queries where the tensor cores read them.
   __device__ __forceinline__ void take(const u16* __restrict__ q, long long line, int row0) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-    if (HELD) {
-      const int row = row0 + threadIdx.x % 128 / 32 * (HALF_ROWS ? 8 : 16) + threadIdx.x % 32 / 4;
-#pragma unroll
-      for (int k = 0; k < (HELD ? SLICES : 1); ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int r = row + 8 * (i % 2), column = 16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4);
-          const bool there = r < PQ && column < D && !(HALF_ROWS && i % 2);
-          queries[k][i] = there ? *(const u32*)(q + (line + r) * D + column) : 0;
-        }
-      return;
-    }
+#if HELD
+    take_rows<HALF_ROWS>(queries, q, line, row_of_thread<HALF_ROWS>(row0), PQ);
+#else
     put_rows<HALF_ROWS>(
         shared + Q_AT + group * Q_BYTES, shared + Q_REST_AT + group * Q_REST_BYTES, q, line + row0, PQ - row0);
     fence_stores();
     group_sync(group);
+#endif
   }
 
   // Starts the products of the queries with the keys of step `n`.
@@ -233,7 +224,7 @@ template <bool HALF_ROWS> struct Group {
   __device__ __forceinline__ void finish(
       out_t* __restrict__ out, float* __restrict__ lse, const alm_t* __restrict__ alm,
       const gate_t* __restrict__ gate, long long line, long long shift, int row0, Place place) {
-    const int lane = threadIdx.x % 32, low = row0 + threadIdx.x % 128 / 32 * (HALF_ROWS ? 8 : 16) + lane / 4;
+    const int lane = threadIdx.x % 32, low = row_of_thread<HALF_ROWS>(row0);
 #pragma unroll
     for (int half = 0; half < (HALF_ROWS ? 1 : ROWS_OF_THREAD); ++half) {
       const float top = half ? top1 : top0;

@@ -6,9 +6,11 @@
 // made again from the forward's log-sum-exp; they lie across, a column for each query.
 //
 // Defined in front of this text, besides what `hopper_cuda` wants: PQ and PK slots of a block (PK at most
-// 64 GROUPS), SPAN queries of a step (divides PQ), GROUPS warp groups, STAGES, REGISTERS of a thread that
-// computes and SPARED of one that does not, and the matrix instructions: Scores<W>::first and ::more,
+// 64 GROUPS), SPAN queries of a step (divides PQ), GROUPS warp groups, STAGES, AHEAD (below), REGISTERS of a
+// thread that computes and SPARED of one that does not, and the matrix instructions: Scores<W>::first and ::more,
 // products of 64 keys with W queries, and `weighted`, of 64 keys with 16 queries.
+// AHEAD: the next scores are computed while this step's gradients of scores are, and those meet their
+// queries while the next weights are computed; two groups have the registers for it.
 
 constexpr int SPANS = PQ / SPAN;
 // Where things lie in shared memory, in bytes. Keys and values of two blocks; the last group may read

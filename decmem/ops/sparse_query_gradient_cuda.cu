@@ -20,9 +20,6 @@ constexpr int FULL = TOKENS_AT + 16 * STAGES, FREE = FULL + 8 * STAGES, LIST = F
 // Without the list; the rest of the 1024 is for the alignment.
 extern "C" __constant__ int shared_bytes = LIST + 1024;
 
-// Slices of the head dim that products take.
-constexpr int SLICES = (D + 15) / 16;
-
 // What one warp group does: 64 rows of one query block against all spans of the list. With HALF_ROWS
 // only the upper eight rows of each warp's sixteen exist.
 template <bool HALF_ROWS> struct Group {
@@ -35,24 +32,12 @@ template <bool HALF_ROWS> struct Group {
       : shared(shared), g_main(place(shared + G_AT + group * G_BYTES, 16)),
         g_rest(place(shared + G_REST_AT + group * G_REST_BYTES, 16)), scale(scale) {}
 
-  // The first of a thread's two rows; the other is eight further.
-  __device__ __forceinline__ int row_of_thread(int row0) {
-    return row0 + threadIdx.x % 128 / 32 * (HALF_ROWS ? 8 : 16) + threadIdx.x % 32 / 4;
-  }
-
   __device__ __forceinline__ void take(
       const u16* __restrict__ q, const u16* __restrict__ grad, const float* __restrict__ lse,
       const float* __restrict__ delta, long long line, int row0, int group) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-    const int row = row_of_thread(row0);
-#pragma unroll
-    for (int k = 0; k < SLICES; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = row + 8 * (i % 2), column = 16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4);
-        const bool there = r < PQ && column < D && !(HALF_ROWS && i % 2);
-        queries[k][i] = there ? *(const u32*)(q + (line + r) * D + column) : 0;
-      }
+    const int row = row_of_thread<HALF_ROWS>(row0);
+    take_rows<HALF_ROWS>(queries, q, line, row, PQ);
     put_rows<HALF_ROWS>(
         shared + G_AT + group * G_BYTES, shared + G_REST_AT + group * G_REST_BYTES, grad, line + row0, PQ - row0);
     lse0 = lse1 = delta0 = delta1 = 0;
@@ -145,7 +130,7 @@ template <bool HALF_ROWS> struct Group {
   __device__ __forceinline__ void finish(u16* __restrict__ out, float factor, long long line, int row0) {
 #pragma unroll
     for (int half = 0; half < (HALF_ROWS ? 1 : 2); ++half) {
-      const int row = row_of_thread(row0) + 8 * half;
+      const int row = row_of_thread<HALF_ROWS>(row0) + 8 * half;
       if (row >= PQ) continue;
 #pragma unroll
       for (int i = 0; i < D / 8; ++i)
