@@ -10,12 +10,13 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from decmem.bench.operator_problem import Attention
 from decmem.bench.operator_shapes import OperatorInputs
 from decmem.errors import UserError
+from decmem.ops import flash4
+from decmem.ops.flash4 import in_tiles
 
 
 class Peer(NamedTuple):
@@ -24,25 +25,6 @@ class Peer(NamedTuple):
     package: str
     module: str
     prepare: Callable[[OperatorInputs], Attention]
-
-
-def in_tiles(
-    lists: Int[Tensor, "B H Nq K"], rows: int, keys: int
-) -> Int[Tensor, "B H QueryTiles KeyTiles"]:
-    """Lists of blocks as lists of tiles, where a block has `rows` tiles of queries and `keys` of
-    keys."""
-    tiles = lists[..., None] * keys + torch.arange(keys, dtype=torch.int32, device=lists.device)
-    return tiles.flatten(3).repeat_interleave(rows, 2).contiguous()
-
-
-def readers(
-    lists: Int[Tensor, "B H Nq K"], blocks: int
-) -> tuple[Int[Tensor, "B H Nk"], Int[Tensor, "B H Nk Nq"]]:
-    """Who reads each key block: how many query blocks, and which, ascending, first."""
-    reads = torch.zeros(*lists.shape[:3], blocks, dtype=torch.bool, device=lists.device)
-    reads = reads.scatter_(-1, lists.long(), True).mT
-    order = (~reads).to(torch.int8).argsort(dim=-1, stable=True)
-    return reads.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
 def _require(suits: bool, peer: str, what: str) -> None:
@@ -82,37 +64,14 @@ def _cudnn(x: OperatorInputs) -> Attention:
 
 
 def _fa4(x: OperatorInputs) -> Attention:
-    from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
-    from flash_attn.cute.block_sparsity import (  # pyright: ignore[reportMissingImports]
-        BlockSparseTensorsTorch,
-    )
-
-    P, blocks = x.q.shape[3], x.k.shape[2]
+    P = x.q.shape[3]
     _require(P % 64 == 0 and x.valid is None, "fa4", "full blocks of 64 n tokens")
-    keys = next(n for n in (1, 2, 3, 4) if P % (16 * n) == 0 and P // n <= 128)
-
-    def tables(count: Tensor, index: Tensor, tile: tuple[int, int]) -> Any:
-        nothing = torch.zeros_like(count)
-        return BlockSparseTensorsTorch(
-            mask_block_cnt=nothing, mask_block_idx=torch.zeros_like(index), full_block_cnt=count,
-            full_block_idx=index, block_size=tile,
-        )  # fmt: skip
-
-    index = in_tiles(x.lists, 1, keys)
-    count = torch.full_like(index[..., 0], index.shape[-1])
-    forward = tables(count, index, (P, P // keys))
-    # Its backward pass has tiles of 128 keys.
-    backward = tables(*readers(x.lists, blocks), (P, P)) if P == 128 else None
+    tables = flash4.Tables.of(x.lists, x.k.shape[2], P)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        suits = backward is not None or not torch.is_grad_enabled()
-        _require(suits, "fa4", "blocks of 128 tokens where it has to go back")
-        q, k, v = (t.flatten(2, 3).transpose(1, 2) for t in (q, k, v))
-        out = flash_attn_func(
-            q, k, v, block_sparse_tensors=forward, block_sparse_tensors_bwd=backward
-        )
-        out = out[0] if isinstance(out, tuple) else out
-        return out.transpose(1, 2).unflatten(2, (-1, P))
+        suits = tables.backward is not None or not torch.is_grad_enabled()
+        _require(suits, "fa4", f"blocks of {flash4.GRADIENT_TILE} tokens where it has to go back")
+        return flash4.attend(q, k, v, tables)
 
     return attention
 

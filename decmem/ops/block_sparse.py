@@ -14,30 +14,36 @@ nowhere are never touched.
 Keys and values may be stored in 8 bits (e4m3) with a scale for every token: `k_scale` and
 `v_scale`, shaped as the blocks with one number a token. Then there are no gradients.
 
-Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, blocks of a multiple of 64, 80 or
-96 slots; in CUDA C++, compiled by PyTorch's own compiler when first needed),
-`triton` (any GPU with Triton, any shape), `flex` (any GPU, by PyTorch's compiler, again for every
-length of the history), `gather` (everywhere; copies what is listed) and `reference` (everywhere;
-the definition, dense and fp32). Unasked, the first of `hopper`, `triton` and `gather` that can run.
+Backends: `hopper` (H100, H200; 16-bit numbers, head dims 32-128, more than 32 slots of queries and
+16 n of keys; in CUDA C++, compiled by PyTorch's own compiler when first needed), `triton` (any GPU
+with Triton, any shape), `flex` (any GPU, by PyTorch's compiler, again for every length of the
+history), `flash4` (by flash-attn-4 where that is installed; full blocks of 64 n slots), `gather`
+(everywhere; copies what is listed) and `reference` (everywhere; the definition, dense and fp32).
+Unasked, the first of `hopper`, `triton` and `gather` that can run.
 """
 
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decmem.errors import UserError
-from decmem.ops import flex, gather, reference
+from decmem.ops import flash4, flex, gather, reference
 
-Backend = Literal["auto", "reference", "gather", "triton", "hopper", "flex"]
+Backend = Literal["auto", "reference", "gather", "triton", "hopper", "flex", "flash4"]
 
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "reference": reference.block_sparse_attention,
     "gather": gather.block_sparse_attention,
+}
+
+_LIBRARIES: dict[str, Callable[..., Any]] = {
+    "flex": flex.block_sparse_attention,
+    "flash4": flash4.block_sparse_attention,
 }
 
 # Asked once: compiled code cannot search for packages.
@@ -70,7 +76,7 @@ def choose_backend(backend: Backend, q: Tensor) -> Backend:
             "Install decmem[gpu], or use backend='gather'",
         )
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if backend in ("triton", "hopper", "flex") and not q.is_cuda and not interpreted:
+    if backend in ("triton", "hopper", "flex", "flash4") and not q.is_cuda and not interpreted:
         raise UserError(
             "backend", f"{backend!r} needs a GPU, the tensors are on the CPU", "Use 'gather'"
         )
@@ -116,9 +122,9 @@ def block_sparse_attention(
     chosen = choose_backend(backend, q)
     if lists.shape[-1] == 0:
         return torch.zeros_like(q)
-    if chosen == "flex":
+    if chosen in _LIBRARIES:
         k, v = (reference.restored(x, s, q.dtype) for x, s in ((k, k_scale), (v, v_scale)))
-        return flex.block_sparse_attention(q, k, v, lists, valid=valid, scale=scale)
+        return _LIBRARIES[chosen](q, k, v, lists, valid=valid, scale=scale)
     if chosen in _PLAIN:
         return _PLAIN[chosen](q, k, v, lists, valid, scale, k_scale, v_scale)
     from decmem.ops import sparse_kernels
@@ -159,7 +165,7 @@ def decoupled_attention(
         )
     chosen = choose_backend(backend, q)
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (o_alm, gate, q, k, v))
-    if chosen in (*_PLAIN, "flex") or learning or lists.shape[-1] == 0:
+    if chosen in (*_PLAIN, *_LIBRARIES) or learning or lists.shape[-1] == 0:
         o_sgm = block_sparse_attention(q, k, v, lists, valid, scale, backend, k_scale, v_scale)
         return o_alm + (gate * o_sgm).to(o_alm.dtype)
     from decmem.ops import sparse_kernels

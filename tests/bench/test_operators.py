@@ -13,7 +13,7 @@ from decmem.bench.operator_problem import dense_problem, fused, judged, sparse_p
 from decmem.bench.operator_shapes import SHAPES
 from decmem.bench.operator_trial import SILENT, refusals
 from decmem.bench.operators import OperatorBench
-from decmem.bench.peers import PEERS, absent_peers, in_tiles, obstacle, present_peers, readers
+from decmem.bench.peers import PEERS, absent_peers, obstacle, present_peers
 from decmem.cli import main
 from decmem.commands.bench_ops import short_name, table_line
 from decmem.ops import reference
@@ -172,18 +172,6 @@ def test_peers_that_are_missing_are_listed_with_the_reason() -> None:
     assert "processor" in absent.pop("flashinfer-python")
     for name, peer in PEERS.items():
         assert (peer.package in absent) == (name not in present_peers())
-
-
-def test_tiles_and_readers_are_those_of_the_lists() -> None:
-    lists = torch.tensor([[[[0, 2], [1, 2]]]], dtype=torch.int32)
-    tiles = in_tiles(lists, 2, 3)
-    first, second = [0, 1, 2, 6, 7, 8], [3, 4, 5, 6, 7, 8]
-    assert tiles[0, 0].tolist() == [first, first, second, second]
-    count, which = readers(lists, 4)
-    assert count[0, 0].tolist() == [1, 1, 2, 0]
-    assert [which[0, 0, j, :n].tolist() for j, n in enumerate(count[0, 0])] == [
-        [0], [1], [0, 1], []
-    ]  # fmt: skip
 
 
 def test_a_peer_that_is_not_there_is_a_row() -> None:

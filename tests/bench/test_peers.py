@@ -57,7 +57,7 @@ Tables = namedtuple(
 
 def fa4(
     q: Tensor, k: Tensor, v: Tensor, *, block_sparse_tensors: Tables,
-    block_sparse_tensors_bwd: Tables,
+    block_sparse_tensors_bwd: Tables, softmax_scale: float | None,
 ) -> Any:  # fmt: skip
     there, back = block_sparse_tensors, block_sparse_tensors_bwd
     assert q.shape[1:] == (256, 2, 64)
