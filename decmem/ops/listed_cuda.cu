@@ -1,7 +1,6 @@
 // Programs that walk the list of a query block, for `sparse_cuda` and `sparse_query_gradient_cuda`. Their
 // keys are the tokens of the listed blocks one after another, in units of UNIT slots: UNITS to a step,
-// whichever blocks they are of. Units without a token are left out. WHOLE: no step lacks a
-// token.
+// whichever blocks they are of. Units without a token are left out. WHOLE: no step lacks a token.
 
 constexpr int UNITS = SPAN / UNIT;
 static_assert(SPAN % UNIT == 0 && PK % UNIT == 0 && UNIT % 16 == 0 && UNITS <= 16, "units of steps and blocks");
