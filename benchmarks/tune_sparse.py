@@ -96,9 +96,7 @@ TRIED: list[tuple[str, str, type, list[tuple]]] = [
     ("forward", "wide", CudaTiles, [
         (112, 16, 3, 3, False), (96, 96, 3, 3, False), (64, 64, 3, 4, False),
     ]),
-    ("forward", "peer", CudaTiles, [
-        (128, 128, 2, 3, True), (128, 128, 2, 2, True), (144, 16, 2, 2, True),
-    ]),
+    ("forward", "peer", CudaTiles, [(128, 128, 2, 2, True), (144, 16, 2, 2, True)]),
     ("queries", "pair", CudaQueryTiles, [(64, 16, 3, 4), (48, 16, 3, 4)]),
     ("queries", "wide", CudaQueryTiles, [(48, 48, 3, 4), (32, 32, 3, 4)]),
     ("queries", "peer", CudaQueryTiles, [(64, 64, 2, 4), (64, 64, 2, 3), (32, 32, 2, 4)]),
@@ -130,14 +128,11 @@ TRIED: list[tuple[str, str, type, list[tuple]]] = [
 
 def choices() -> list[Choice]:
     """What is tried: those above, and one row of the paper in lists cut into parts."""
-    rows = [
-        Choice("forward", "paper", CudaTiles(128, 16, 3, 3, False), split) for split in (1, 2, 3)
-    ]
+    tiles = CudaTiles(128, 16, 3, 3, False)
+    rows = [Choice("forward", "paper", tiles, split) for split in (1, 2, 3)]
     rows.append(Choice("forward", "paper", ForwardTiles(64, 3, 64, 16, 4, 3), 2))
     return rows + [
-        Choice(what, shape, tiles(*numbers))
-        for what, shape, tiles, many in TRIED
-        for numbers in many
+        Choice(what, shape, kind(*numbers)) for what, shape, kind, many in TRIED for numbers in many
     ]
 
 

@@ -1,8 +1,5 @@
 """Calls of other libraries: stand-ins with their conventions must give the definition."""
 
-import sys
-from collections import namedtuple
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +11,8 @@ from decmem.bench.operators import OperatorBench
 from decmem.bench.peers import PEERS
 from decmem.errors import UserError
 from decmem.ops.reference import block_sparse_attention
+
+from ..flash4_library import MODULES, install
 
 SHAPE = OperatorShape("friendly", 2, 2, 64, 128, (128,), 2, 1, 2)
 
@@ -50,29 +49,6 @@ def cudnn_backward(
     return dict(zip(("dq_tensor", "dk_tensor", "dv_tensor"), gradients, strict=True))
 
 
-Tables = namedtuple(
-    "Tables", "mask_block_cnt mask_block_idx full_block_cnt full_block_idx block_size"
-)
-
-
-def fa4(
-    q: Tensor, k: Tensor, v: Tensor, *, block_sparse_tensors: Tables,
-    block_sparse_tensors_bwd: Tables, softmax_scale: float | None,
-) -> Any:  # fmt: skip
-    there, back = block_sparse_tensors, block_sparse_tensors_bwd
-    assert q.shape[1:] == (256, 2, 64)
-    assert there.mask_block_cnt.sum() == 0
-    assert (there.full_block_cnt == there.full_block_idx.shape[3]).all()
-    # It takes no tables that lie across.
-    assert all(t.is_contiguous() for t in (*there[:4], *back[:4]))
-    for b, h, j in torch.cartesian_prod(*map(torch.arange, back.full_block_cnt.shape)).tolist():
-        who = back.full_block_idx[b, h, j, : back.full_block_cnt[b, h, j]].tolist()
-        assert who == [i for i in range(2) if j in there.full_block_idx[b, h, i].tolist()]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = sparse(q, k, v, there.full_block_idx, *there.block_size)
-    return out.transpose(1, 2), None
-
-
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     functions = {
@@ -82,14 +58,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
             "block_sparse_attention_forward": cudnn_forward,
             "block_sparse_attention_backward": cudnn_backward,
         },
-        "flash_attn": {},
-        "flash_attn.cute": {"flash_attn_func": fa4},
-        "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": Tables},
     }
-    for name, members in functions.items():
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
+    install(monkeypatch, functions | MODULES)
 
 
 @pytest.mark.usefixtures("stand_ins")

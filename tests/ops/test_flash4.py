@@ -1,9 +1,6 @@
 """The backend of flash-attn-4: against the definition, with a stand-in where the library is not."""
 
-import sys
-from collections import namedtuple
 from importlib.util import find_spec
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +8,8 @@ from torch import Tensor
 
 from decmem.errors import UserError
 from decmem.ops import block_sparse, flash4, reference
+
+from ..flash4_library import MODULES, install
 
 
 def test_tiles_and_readers_are_those_of_the_lists() -> None:
@@ -25,40 +24,9 @@ def test_tiles_and_readers_are_those_of_the_lists() -> None:
     ]  # fmt: skip
 
 
-Tables = namedtuple(
-    "Tables", "mask_block_cnt mask_block_idx full_block_cnt full_block_idx block_size"
-)
-
-
-def stand_in(
-    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None,
-    block_sparse_tensors: Tables, block_sparse_tensors_bwd: Tables | None,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """The library's conventions, by the definition; where nothing is listed, not a number."""
-    count, index = block_sparse_tensors.full_block_cnt, block_sparse_tensors.full_block_idx
-    rows, keys = block_sparse_tensors.block_size
-    slot = torch.arange(index.shape[3])
-    lists = torch.where(slot < count[..., None], index, -1)
-    q, k, v = (
-        t.transpose(1, 2).unflatten(2, (-1, n)) for t, n in ((q, rows), (k, keys), (v, keys))
-    )
-    out = reference.block_sparse_attention(q, k, v, lists, None, softmax_scale)
-    out = torch.where(count[..., None, None] > 0, out, float("nan"))
-    assert (block_sparse_tensors_bwd is not None) == (rows == flash4.GRADIENT_TILE)
-    return out.flatten(2, 3).transpose(1, 2), None
-
-
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    functions = {
-        "flash_attn": {},
-        "flash_attn.cute": {"flash_attn_func": stand_in},
-        "flash_attn.cute.block_sparsity": {"BlockSparseTensorsTorch": Tables},
-    }
-    for name, members in functions.items():
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
+    install(monkeypatch, MODULES)
     monkeypatch.setattr(flash4, "obstacle", lambda q, k, valid: None)
 
 
