@@ -32,7 +32,8 @@ class AnchoredLocalMemory(nn.Module):
         k: Float[Tensor, "B H window S D"],
         v: Float[Tensor, "B H window S D"],
         windows: WindowTable,
+        scale: float | None = None,
     ) -> Float[Tensor, "B H T S D"]:
-        """o_alm."""
+        """o_alm. `scale`: of scores; None: D^-1/2."""
         valid = self._valid(q.device)
-        return window_attention(q, k, v, windows, valid, self.backend, self.counts)
+        return window_attention(q, k, v, windows, valid, self.backend, self.counts, scale)

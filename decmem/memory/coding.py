@@ -27,6 +27,7 @@ class Coded(NamedTuple):
     """Queries, keys and values of a pass, coded by position (eq. 5, 12).
 
     Where the global memory sees no time, `local_q` and `local_k` are what the local one reads.
+    `scale`: of scores; None: D^-1/2.
     """
 
     q: Float[Tensor, "B H T S D"]
@@ -34,6 +35,7 @@ class Coded(NamedTuple):
     v: Float[Tensor, "B H T S D"]
     local_q: Float[Tensor, "B H T S D"] | None = None
     local_k: Float[Tensor, "B H T S D"] | None = None
+    scale: float | None = None
 
 
 def heads_first(x: Float[Tensor, "B T S width"], head_dim: int) -> Float[Tensor, "B H T S D"]:
@@ -80,7 +82,7 @@ def encode(
         if room is not None and not twice:
             q = coding_inference.encode_heads_into(qkv, gains, _groups(config), places, *room)
             if q is not None:
-                return Coded(q, *room)
+                return Coded(q, *room, scale=coding_inference.EXPONENT_SCALE)
         coded = coding.encode_heads(qkv, gains, _groups(config), places, local=twice)
         return Coded(*coded) if twice else Coded(*coded[:3])
     q, k, v = split_heads(qkv, gains, config.head_dim)
@@ -91,7 +93,8 @@ def encode(
         return Coded(q, k, v)
     if local_time is None:
         return Coded(q, k, v)
-    return Coded(q, k, v, *(encode_time(config, x, local_time) for x in (q, k)))
+    local_q, local_k = (encode_time(config, x, local_time) for x in (q, k))
+    return Coded(q, k, v, local_q, local_k)
 
 
 def decode(

@@ -30,14 +30,15 @@ class DecoupledMemory(Memory):
         return nn.functional.linear(reading.features, weight, bias)
 
     def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor | Fp8Rows:
-        o_alm = self.anchored_local(*self.window(reading, coded, k, v), reading.plan.windows)
+        near = self.window(reading, coded, k, v)
+        o_alm = self.anchored_local(*near, reading.plan.windows, coded.scale)
         if not reading.recall.global_memory:
             return self.result(reading, o_alm)
         lists = self._lists(reading, coded, k)
         bank, scales = reading.bank, (None, None)
         if bank is not None and k.dtype != coded.k.dtype:
             scales = (bank.key_scale, bank.value_scale)
-        o_sgm = self.sparse_global(coded.q, k, v, lists, *scales)
+        o_sgm = self.sparse_global(coded.q, k, v, lists, *scales, scale=coded.scale)
         gate = self.gate_logits(reading)
         if reading.recall.lens is not None:
             self._watch(reading, reading.recall.lens, lists, o_alm, o_sgm, gate)

@@ -64,10 +64,11 @@ class SparseGlobalMemory(nn.Module):
         lists: Int[Tensor, "B G Nq K"],
         k_scale: Float[Tensor, "B H pool S 1"] | None = None,
         v_scale: Float[Tensor, "B H pool S 1"] | None = None,
+        scale: float | None = None,
     ) -> Float[Tensor, "B H T S D"]:
         """o_sgm over the retrieved lists. Empty lists (the very first chunk) read zeros.
 
-        Keys and values in 8 bits come with their scales.
+        Keys and values in 8 bits come with their scales. `scale`: of scores; None: D^-1/2.
         """
         out = block_sparse_attention(
             self.blocks(q),
@@ -75,6 +76,7 @@ class SparseGlobalMemory(nn.Module):
             self.blocks(v),
             lists,
             valid=self.counts,
+            scale=scale,
             backend=self.backend,
             k_scale=None if k_scale is None else self.blocks(k_scale),
             v_scale=None if v_scale is None else self.blocks(v_scale),

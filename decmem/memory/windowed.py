@@ -24,4 +24,4 @@ class WindowMemory(Memory):
 
     def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor | Fp8Rows:
         near = self.window(reading, coded, k, v)
-        return self.result(reading, self.local(*near, reading.plan.windows))
+        return self.result(reading, self.local(*near, reading.plan.windows, coded.scale))

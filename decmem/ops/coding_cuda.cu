@@ -141,7 +141,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
     const u16* __restrict__ qkv, const float* __restrict__ gains, const float* __restrict__ query_matrix,
     const float* __restrict__ key_matrix, const float* space_cos, const float* space_sin, const float* surface_cos,
     const float* surface_sin, const float* time_cos, const float* time_sin, u16* __restrict__ q, u16* __restrict__ k,
-    u16* __restrict__ v, u16* __restrict__ local_q, u16* __restrict__ local_k, int N, int T, int S, int H, int latents, float eps) {
+    u16* __restrict__ v, u16* __restrict__ local_q, u16* __restrict__ local_k, int N, int T, int S, int H, int latents, float eps,
+    float query_factor) {
   extern __shared__ __align__(16) char raw[];
   const int rows = TOKENS * H;
   u16* const own = (u16*)raw;  // token, then queries, keys or values, then head
@@ -183,7 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
     for (int part = 0; part < 3; ++part) {
       const long long at = part == 0 ? to : roomy;
       const u16* const head = own + (token * 3 * H + part * H + h) * D;
-      const float size = NORMED && part < 2 ? sizes[token * 2 * H + part * H + h] : 1.f;
+      const float size =
+          (NORMED && part < 2 ? sizes[token * 2 * H + part * H + h] : 1.f) * (part == 0 ? query_factor : 1.f);
       u16* const out = part == 0 ? q : part == 1 ? k : v;
       if (part == 2 && !VALUES) {
         *(uint4*)(out + at) = *(const uint4*)(head + 8 * c);

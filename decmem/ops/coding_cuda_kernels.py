@@ -59,12 +59,13 @@ def _kernel(name: str, device: torch.device, groups: tuple[int, ...], **kinds: b
 def run_encode(
     qkv: Tensor, gains: Tensor | None, tables: tuple[Tensor | None, ...], out: list[Tensor],
     groups: list[int], eps: float, *, local: bool, values: bool, heads_last: bool,
-    latents: int | None = None,
+    latents: int | None = None, query_factor: float = 1.0,
 ) -> None:  # fmt: skip
     """As the operator `decmem::encode_heads`, into `out`, for inputs that `suits` takes.
 
     `tables`: both matrices, then cosines and sines of space, surface and time. `latents`: for which
-    `out` has room in each head's keys and values, None if for those of `qkv`.
+    `out` has room in each head's keys and values, None if for those of `qkv`. `query_factor`:
+    what queries are multiplied by.
     """
     B, T, S, channels = qkv.shape
     D = sum(groups)
@@ -77,7 +78,7 @@ def run_encode(
     )  # fmt: skip
     kernel.launch(
         -(-tokens // _TOKENS), _THREADS, _shared_bytes(3, H, D), qkv, gains, *tables, *out,
-        tokens, T, S, H, latents or T, eps,
+        tokens, T, S, H, latents or T, eps, query_factor,
     )  # fmt: skip
 
 

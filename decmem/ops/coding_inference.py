@@ -3,6 +3,8 @@
 By the kernels in CUDA C++ alone; callers have another way where these do not serve.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +19,10 @@ except ImportError:  # The driver's Python bindings come with PyTorch for CUDA.
     coding_cuda_kernels = None
 
 
+EXPONENT_SCALE = math.log(2)
+"""The `scale` of attention for which products of queries and keys are exponents of two."""
+
+
 @torch.library.custom_op("decmem::encode_heads_into", mutates_args=("k", "v"))
 def _encode_into(
     qkv: Tensor, gains: Tensor | None, tables: list[Tensor | None], k: Tensor, v: Tensor,
@@ -29,6 +35,7 @@ def _encode_into(
     coding_cuda_kernels.run_encode(
         qkv, gains, tuple(tables), [q, k, v, unused, unused], groups, EPS,
         local=False, values=True, heads_last=False, latents=k.stride(1) // (S * D),
+        query_factor=D**-0.5 / EXPONENT_SCALE,
     )  # fmt: skip
     return q
 
@@ -49,6 +56,9 @@ def encode_heads_into(
 ) -> Tensor | None:
     """As `encode_heads` without `local`, keys and values into `k` and `v`: some latents of larger
     tensors. Without gradients.
+
+    Queries come multiplied by D^-1/2 log2(e), before they are rounded, so that attention with the
+    scale `EXPONENT_SCALE` need not multiply their scores.
 
     Returns:
         Queries; None where this is not to be had, and nothing was written.

@@ -1,5 +1,5 @@
 // What kernels for Hopper GPUs are made of: barriers, the bulk copy engine, matrix instructions of warp
-// groups. After `numbers_cuda`; D, the head dim, is defined in front of both.
+// groups. After `numbers_cuda`; D, the head dim, and STAGES are defined in front of both.
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
@@ -26,6 +26,14 @@ __device__ __forceinline__ void bar_wait(u32 bar, u32 parity) {
       "{\n.reg .pred p;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra AGAIN;\nDONE:\n}\n"
       ::"r"(bar), "r"(parity) : "memory");
 }
+// Where a step's data lie in a ring of STAGES, and what its barriers show there.
+struct Stage {
+  int at;
+  u32 phase;
+  __device__ __forceinline__ void next() {
+    if (++at == STAGES) at = 0, phase ^= 1;
+  }
+};
 __device__ __forceinline__ void bars_are_set() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // The copy engine: boxes of a mapped matrix, in either direction, and lines of numbers.

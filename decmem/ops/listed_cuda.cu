@@ -1,6 +1,7 @@
 // Programs that walk the list of a query block, for `sparse_cuda` and `sparse_query_gradient_cuda`. Their
 // keys are the tokens of the listed blocks one after another, in units of UNIT slots: UNITS to a step,
-// whichever blocks they are of. Units without a token are left out. WHOLE: no step lacks a token.
+// whichever blocks they are of. Units without a token are left out. MASKED: blocks may lack tokens; WHOLE: no step
+// does.
 
 constexpr int UNITS = SPAN / UNIT;
 static_assert(SPAN % UNIT == 0 && PK % UNIT == 0 && UNIT % 16 == 0 && UNITS <= 16, "units of steps and blocks");
@@ -62,7 +63,9 @@ __device__ __forceinline__ void put_list(
 }
 
 // Walks the units from step to step, a warp as one: `part(unit, units, slot, tokens)` for each part of a step
-// that lies in one block, from its unit `unit` on. What the last step lacks is a part that lies nowhere.
+// that lies in one block, from its unit `unit` on. Parts are laid out from the step's end to its beginning:
+// where blocks are longer than steps, a step has one end of a block at most, and that is its own end too,
+// so that slots without a token are always in its last unit. What the last step lacks is a part that lies nowhere.
 constexpr int NOWHERE = 1 << 30;  // the copy engine gives zeros for lines that do not exist
 struct Walk {
   const u32 list;
@@ -80,7 +83,7 @@ struct Walk {
       }
       const bool there = entry < entries;
       const int units = there ? min(left, UNITS - done) : UNITS - done;
-      part(done, units, there ? now.block * PK + unit * UNIT : NOWHERE, there ? now.tokens - unit * UNIT : 0);
+      part(UNITS - done - units, units, there ? now.block * PK + unit * UNIT : NOWHERE, there ? now.tokens - unit * UNIT : 0);
       done += units;
       if (there) unit += units;
     }
@@ -91,13 +94,13 @@ struct Walk {
 struct Maps { TensorMap of[UNITS]; };
 
 // A warp that feeds: it has copied what each of `steps` steps needs, BYTES from its first barrier in `full`
-// on, as soon as all groups have done with what lies there. `start`: steps done before this pass.
+// on, as soon as all groups have done with what lies there. `stage`: of the first step of this pass.
 template <int BYTES, class Copy> __device__ __forceinline__ void feed(
-    u32 list, int entries, int start, int steps, u32 full, u32 free, Copy copy) {
+    u32 list, int entries, Stage& stage, int steps, u32 full, u32 free, Copy copy) {
   Walk walk(list, entries);
-  for (int n = start; n < start + steps; ++n) {
-    const int at = n % STAGES;
-    bar_wait(free + 8 * at, ~(n / STAGES) & 1);
+  for (int n = 0; n < steps; ++n, stage.next()) {
+    const int at = stage.at;
+    bar_wait(free + 8 * at, stage.phase ^ 1);
     walk.step([&](int unit, int units, int slot, int tokens) { copy(at, full + 8 * at, unit, units, slot, tokens); });
     __syncwarp();
     if (threadIdx.x % 32 == 0) bar_expect(full + 8 * at, BYTES);
@@ -132,25 +135,35 @@ struct Tokens {
       asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[i]) : "r"(at + 4 * i) : "memory");
   }
   __device__ __forceinline__ int of(int unit) const { return words[unit / 4] >> 8 * (unit % 4) & 255; }
-  // Sets what threads hold of slots without a token: columns 8 i + 2 (lane % 4) and the next of two rows.
+  // Sets what threads hold of slots of a unit that have no token: columns 8 i + 2 (lane % 4) and the next of
+  // two rows.
+  __device__ __forceinline__ void mask_unit(float (&x)[SPAN / 2], float to, int unit) const {
+    const int left = of(unit) - 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int j = 0; j < UNIT / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (8 * j + i % 2 >= left) x[unit * UNIT / 2 + 4 * j + i] = to;
+  }
   __device__ __forceinline__ void mask(float (&x)[SPAN / 2], float to) const {
     if (WHOLE) return;
+    // With MASKED blocks most steps have an end of one, in their last unit; the others are full but at the
+    // end of a list.
+    constexpr int EARLY = MASKED ? UNITS - 1 : UNITS;
     bool full = true;
 #pragma unroll
-    for (int i = 0; i < UNITS / 4; ++i) full &= words[i] == 0x01010101u * UNIT;
-    constexpr u32 LAST = (1ull << 8 * (UNITS % 4)) - 1;
-    if (UNITS % 4) full &= words[UNITS / 4] == (0x01010101u * UNIT & LAST);
-    // All threads agree; voting tells the compiler so.
-    if (__all_sync(~0u, full)) return;
-#pragma unroll
-    for (int u = 0; u < UNITS; ++u) {
-      if (__all_sync(~0u, of(u) == UNIT)) continue;
-      const int left = of(u) - 2 * (threadIdx.x % 4);
-#pragma unroll
-      for (int j = 0; j < UNIT / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (8 * j + i % 2 >= left) x[u * UNIT / 2 + 4 * j + i] = to;
+    for (int i = 0; i < (UNITS + 3) / 4; ++i) {
+      constexpr u32 EACH = 0x01010101u * UNIT;
+      const int here = EARLY - 4 * i;
+      const u32 those = here >= 4 ? ~0u : (1u << 8 * here) - 1;
+      full &= (words[i] & those) == (EACH & those);
     }
+    // All threads agree; voting tells the compiler so.
+    if (!__all_sync(~0u, full)) {
+#pragma unroll
+      for (int u = 0; u < EARLY; ++u)
+        if (!__all_sync(~0u, of(u) == UNIT)) mask_unit(x, to, u);
+    }
+    if (MASKED) mask_unit(x, to, UNITS - 1);
   }
 };

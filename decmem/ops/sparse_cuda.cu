@@ -14,6 +14,8 @@
 // STEADY: after the first steps a row keeps its shift instead of the running maximum. A softmax is
 // the same under any shift; numbers of fp32's and bfloat16's range bear scores 2^100 times those of the
 // first steps. Where that is not enough the groups go over the list again with the running maximum.
+// EXPONENTS: products of queries and keys are exponents of two as they are; then the shift is 0 and costs
+// nothing, and weights may be too small as well as too large.
 
 // Where things lie in shared memory, in bytes.
 constexpr int Q_BYTES = HELD ? 0 : 64 * 128, Q_REST_BYTES = HELD ? 0 : 64 * REST_PAD * 2;
@@ -28,7 +30,8 @@ constexpr int V_FULL = K_FREE + 8 * STAGES, V_FREE = V_FULL + 8 * STAGES, LIST =
 // Without the list; the rest of the 1024 is for the alignment.
 extern "C" __constant__ int shared_bytes = LIST + 1024;
 
-constexpr float FLOOR = -1e30f, TOO_MUCH = 0x1p100f;
+constexpr float FLOOR = -1e30f, TOO_MUCH = 0x1p100f, TOO_LITTLE = EXPONENTS ? 0x1p-100f : 0;
+static_assert(STEADY || !EXPONENTS, "exponents are never shifted but where that turns out to be needed");
 #define NOTHING __int_as_float(0xff800000)
 // Every thread holds columns 8 i + 2 (lane % 4) and the next of two rows of a 64-row result.
 constexpr int ROWS_OF_THREAD = 2;
@@ -47,7 +50,8 @@ template <bool HALF_ROWS> struct Group {
   const u32 shared, q_main, q_rest;
   const int group;
   const float scale;
-  int steps, start;  // of one pass over the list, and those done before it
+  int steps;  // of one pass over the list
+  Stage now;
 #if HELD
   u32 queries[SLICES][4];
 #endif
@@ -55,7 +59,7 @@ template <bool HALF_ROWS> struct Group {
 
   __device__ __forceinline__ Group(u32 shared, int group, float scale)
       : shared(shared), q_main(place(shared + Q_AT + group * Q_BYTES, 16)),
-        q_rest(place(shared + Q_REST_AT + group * Q_REST_BYTES, 16)), group(group), scale(scale), steps(0), start(0) {}
+        q_rest(place(shared + Q_REST_AT + group * Q_REST_BYTES, 16)), group(group), scale(scale), steps(0), now{0, 0} {}
 
   // Takes the group's rows of queries where the tensor cores read them.
   __device__ __forceinline__ void take(const u16* __restrict__ q, long long line, int row0) {
@@ -70,12 +74,11 @@ template <bool HALF_ROWS> struct Group {
 #endif
   }
 
-  // Starts the products of the queries with the keys of step `n`.
-  __device__ __forceinline__ void multiply(float (&s)[SPAN / 2], int n) {
-    const int at = n % STAGES;
-    bar_wait(shared + K_FULL + 8 * at, n / STAGES & 1);
-    const u32 k_main = place(shared + K_AT, 16) + at * (K_BYTES >> 4);
-    const u32 k_rest = place(shared + K_REST_AT, 16) + at * (K_REST_BYTES >> 4);
+  // Starts the products of the queries with the keys of a step.
+  __device__ __forceinline__ void multiply(float (&s)[SPAN / 2], Stage of) {
+    bar_wait(shared + K_FULL + 8 * of.at, of.phase);
+    const u32 k_main = place(shared + K_AT, 16) + of.at * (K_BYTES >> 4);
+    const u32 k_rest = place(shared + K_REST_AT, 16) + of.at * (K_REST_BYTES >> 4);
     mma_fence();
 #pragma unroll
     for (int k = 0; k < SLICES; ++k) {
@@ -93,11 +96,10 @@ template <bool HALF_ROWS> struct Group {
     mma_commit();
   }
 
-  // Takes slots without a token out of the scores of step `n`, which are there, and frees its keys.
-  __device__ __forceinline__ void settle(float (&s)[SPAN / 2], int n) {
-    const int at = n % STAGES;
-    const Tokens tokens(shared + TOKENS_AT + 16 * at);
-    if (threadIdx.x % 32 == 0) bar_arrive(shared + K_FREE + 8 * at);
+  // Takes slots without a token out of the scores of a step, which are there, and frees its keys.
+  __device__ __forceinline__ void settle(float (&s)[SPAN / 2], Stage of) {
+    const Tokens tokens(shared + TOKENS_AT + 16 * of.at);
+    if (threadIdx.x % 32 == 0) bar_arrive(shared + K_FREE + 8 * of.at);
     tokens.mask(s, NOTHING);
   }
 
@@ -123,14 +125,17 @@ template <bool HALF_ROWS> struct Group {
   }
 
   // Makes scores weights.
-  __device__ __forceinline__ void weigh(float (&s)[SPAN / 2]) {
+  template <bool AS_THEY_ARE> __device__ __forceinline__ void weigh(float (&s)[SPAN / 2]) {
     float more0 = 0, more1 = 0;
 #pragma unroll
     for (int c = 0; c < SPAN / 8; ++c) {
       float* x = s + 4 * c;
       // Rows that do not exist have no weights.
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = HALF_ROWS && i & 2 ? 0 : exp2_of(fmaf(x[i], scale, i & 2 ? -top1 : -top0));
+      for (int i = 0; i < 4; ++i) {
+        if (HALF_ROWS && i & 2) x[i] = 0;
+        else x[i] = exp2_of(AS_THEY_ARE ? x[i] : fmaf(x[i], scale, i & 2 ? -top1 : -top0));
+      }
       if (c % 2) more0 += x[0] + x[1];
       else sum0 += x[0] + x[1];
       if (HALF_ROWS) continue;
@@ -144,61 +149,70 @@ template <bool HALF_ROWS> struct Group {
     for (int i = 0; i < SPAN / 4; ++i) p[i / 4][i % 4] = packed(s[2 * i], s[2 * i + 1]);
   }
 
-  // Starts the products of the weights of step `n` with its values.
-  __device__ __forceinline__ void add(const u32 (&p)[SPAN / 16][4], int n) {
-    const int at = n % STAGES;
-    bar_wait(shared + V_FULL + 8 * at, n / STAGES & 1);
-    const u32 values = place(shared + V_AT, V_BYTES) + at * ((V_BYTES + V_REST_BYTES) >> 4);
+  // Starts the products of the weights of a step with its values.
+  __device__ __forceinline__ void add(const u32 (&p)[SPAN / 16][4], Stage of) {
+    bar_wait(shared + V_FULL + 8 * of.at, of.phase);
+    const u32 values = place(shared + V_AT, V_BYTES) + of.at * ((V_BYTES + V_REST_BYTES) >> 4);
     mma_fence();
 #pragma unroll
     for (int c = 0; c < SPAN / 16; ++c) weighted(o, p[c], matrix<WIDE>(values + 128 * c));
     mma_commit();
   }
-  __device__ __forceinline__ void free_values(int n) {
-    if (threadIdx.x % 32 == 0) bar_arrive(shared + V_FREE + 8 * (n % STAGES));
+  __device__ __forceinline__ void free_values(Stage of) {
+    if (threadIdx.x % 32 == 0) bar_arrive(shared + V_FREE + 8 * of.at);
   }
 
-  // Step `n`, whose weights are in `p`; leaves those of the next there.
-  __device__ __forceinline__ void step(float (&s)[SPAN / 2], u32 (&p)[SPAN / 16][4], int n, bool exact) {
+  // A step whose weights are in `p`; leaves those of the next there. `raises`: the shifts, first.
+  __device__ __forceinline__ void step(float (&s)[SPAN / 2], u32 (&p)[SPAN / 16][4], bool raises) {
+    const Stage last = now;
+    now.next();
     if (GROUPS > 1) turn_sync(group);
-    multiply(s, n + 1);
-    add(p, n);
+    multiply(s, now);
+    add(p, last);
     if (GROUPS > 1) turn_pass<GROUPS>(group);
     mma_wait<1>();
     held(s);
-    settle(s, n + 1);
+    settle(s, now);
     float2 faded = {1, 1};
-    if (exact) faded = raise(s);
-    weigh(s);
+    if (raises) faded = raise(s);
+    if (EXPONENTS && !raises) weigh<true>(s);
+    else weigh<false>(s);
     mma_wait();
     held(o);
-    free_values(n);
+    free_values(last);
     fade(faded);
     pack(s, p);
   }
 
+  // Whether weights of a row left the range of what is exact; threads have parts of its `sum`.
+  __device__ __forceinline__ static bool outgrew(float sum) {
+    sum = over_quad(sum);
+    return !(sum < TOO_MUCH && sum >= TOO_LITTLE);
+  }
+
   // One pass over the list.
   __device__ __forceinline__ void walk(bool exact) {
-    top0 = top1 = FLOOR, sum0 = sum1 = 0;
+    const bool shifted = !EXPONENTS || exact;
+    top0 = top1 = shifted ? FLOOR : 0, sum0 = sum1 = 0;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0;
     if (steps == 0) return;
     float s[SPAN / 2];
     u32 p[SPAN / 16][4];
-    multiply(s, start);
+    multiply(s, now);
     mma_wait();
     held(s);
-    settle(s, start);
-    raise(s);
-    weigh(s);
+    settle(s, now);
+    if (shifted) raise(s);
+    weigh<false>(s);
     pack(s, p);
-    const int last = start + steps - 1;
 #pragma unroll 1
-    for (int n = start; n < last; ++n) step(s, p, n, !STEADY || exact || n < start + 2);
-    add(p, last);
+    for (int n = 1; n < steps; ++n) step(s, p, !STEADY || exact || (shifted && n < 3));
+    add(p, now);
     mma_wait();
     held(o);
-    free_values(last);
+    free_values(now);
+    now.next();
   }
 
   __device__ __forceinline__ void attend(int entries) {
@@ -213,10 +227,10 @@ template <bool HALF_ROWS> struct Group {
       asm volatile("" : "+r"(exact));
       exact = __shfl_sync(~0u, exact, 0);
       walk(exact);
-      const bool outgrown = !(sum0 < TOO_MUCH) || (!HALF_ROWS && !(sum1 < TOO_MUCH));
       if (!STEADY || exact) return;
+      const bool outgrown = steps && (outgrew(sum0) || (!HALF_ROWS && outgrew(sum1)));
       if (!__shfl_sync(~0u, __syncthreads_or(outgrown), 0)) return;
-      exact = 1, start = steps;
+      exact = 1;
     }
   }
 
@@ -282,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
   // Empty slots count as blocks without a token.
   const int filled = split > 1 ? filled_of(lists, slots) : slots;
   const int first = part * filled / split, last = (part + 1) * filled / split;
-  const long long line = ((long long)(b * H + h) * NQ + i) * PQ, shift = (long long)part * B * H * NQ * PQ;
+  const long long line = ((long long)(b * H + h) * NQ + i) * PQ, shift = PARTIAL ? (long long)part * B * H * NQ * PQ : 0;
   const int k_line = (b * k_world + h * k_head) * PK, v_line = (b * v_world + h * v_head) * PK;
   // Heads first as the queries lie, or last as projections want them.
   const Place place = heads_last ? Place{(((long long)b * NQ + i) * PQ * H + h) * D, H * D} : Place{line * D, D};
@@ -299,11 +313,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
     }
     __syncthreads();
     const int all = units_of(shared + LIST, last - first), steps = (all + UNITS - 1) / UNITS;
-    int start = 0;
+    Stage stage = {0, 0};
+    bool again = false;
     do {
       if (warp % 4 == 0)
         feed<K_BYTES + K_REST_BYTES>(
-            shared + LIST, last - first, start, steps, shared + K_FULL, shared + K_FREE,
+            shared + LIST, last - first, stage, steps, shared + K_FULL, shared + K_FREE,
             [&](int at, u32 full, int unit, int units, int slot, int tokens) {
               put_tokens(shared + TOKENS_AT + 16 * at, unit, units, tokens);
               copy_narrow(
@@ -312,13 +327,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
             });
       if (warp % 4 == 1)
         feed<V_BYTES + V_REST_BYTES>(
-            shared + LIST, last - first, start, steps, shared + V_FULL, shared + V_FREE,
+            shared + LIST, last - first, stage, steps, shared + V_FULL, shared + V_FREE,
             [&](int at, u32 full, int unit, int units, int slot, int) {
               copy_wide(shared + V_AT + at * (V_BYTES + V_REST_BYTES), values, v_line + slot, unit, units, full);
             });
-      start += steps;
       // Where shifts were not enough, the list once more.
-    } while (STEADY && start == steps && __shfl_sync(~0u, __syncthreads_or(0), 0));
+      again = STEADY && !again && __shfl_sync(~0u, __syncthreads_or(0), 0);
+    } while (again);
   } else if (HALF_LAST && group == GROUPS - 1) {
     Group<true> rows(shared, group, scale);
     rows.take(q, line, row0);

@@ -32,7 +32,7 @@ def query_source(
     """The kernel of dQ for one shape."""
     constants = {
         "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "UNIT": tiles.unit,
-        "WHOLE": int(not masked and PK % tiles.span == 0),
+        "MASKED": int(masked), "WHOLE": int(not masked and PK % tiles.span == 0),
         "GROUPS": tiles.groups, "STAGES": tiles.stages, "HALF": int(half),
     }  # fmt: skip
     instructions = products({tiles.span}, half) + weighted(D, half)

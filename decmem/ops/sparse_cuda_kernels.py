@@ -29,16 +29,18 @@ LIST_ENTRY = 8
 
 def source(
     PQ: int, PK: int, D: int, tiles: CudaTiles, *, masked: bool, half: bool = False, gate: int = 0,
-    partial: bool = False, alm_type: str = "unsigned short", gate_type: str = "unsigned short",
+    exponents: bool = False, partial: bool = False, alm_type: str = "unsigned short",
+    gate_type: str = "unsigned short",
 ) -> str:  # fmt: skip
-    """The kernel for one shape; `gate`: columns of the gate, 0 without a local branch."""
+    """The kernel for one shape; `gate`: columns of the gate, 0 without a local branch;
+    `exponents`: products of queries and keys are exponents of two, with no factor."""
     constants = {
         "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "UNIT": tiles.unit,
-        "WHOLE": int(not masked and PK % tiles.span == 0),
+        "MASKED": int(masked), "WHOLE": int(not masked and PK % tiles.span == 0),
         "GROUPS": tiles.groups, "STAGES": tiles.stages, "HELD": int(tiles.held),
         "HALF": int(half), "GATED": gate, "PARTIAL": int(partial),
         # float16 does not reach far enough.
-        "STEADY": int(not half),
+        "STEADY": int(not half), "EXPONENTS": int(exponents and not half),
         "out_t": "float" if partial else "unsigned short", "alm_t": alm_type, "gate_t": gate_type,
     }  # fmt: skip
     instructions = products({tiles.span}, half) + weighted(D, half)
@@ -121,7 +123,7 @@ def run_forward(
     joined = (alm, gate) if split == 1 else (None, None)
     kernel = _kernel(
         q.device, PQ, PK, D, tiles, masked=valid is not None, half=q.dtype == torch.float16,
-        gate=gated(joined[1]),
+        gate=gated(joined[1]), exponents=abs(scale * LOG2E - 1) < 1e-9,
         partial=split > 1, alm_type=_element(joined[0]), gate_type=_element(joined[1]),
     )  # fmt: skip
     kernel.launch(

@@ -178,11 +178,7 @@ struct Group {
   }
 
 #if AHEAD
-  struct Stage { int at, phase; };
   __device__ __forceinline__ u32 queries_of(Stage x) { return place(shared + Q_AT, Q_BYTES) + x.at * (STAGE >> 4); }
-  __device__ __forceinline__ static void next(Stage& x) {
-    if (++x.at == STAGES) x.at = 0, x.phase ^= 1;
-  }
   __device__ __forceinline__ void score(float (&s)[SPAN / 2], u32 own, Stage x) {
     bar_wait(shared + FULL + 8 * x.at, x.phase);
     mma_fence();
@@ -227,7 +223,7 @@ struct Group {
     for (int c = 0; c < SPAN / 16; ++c) weighted(dv, p[c], matrix<WIDE>(g + 128 * c));
     mma_commit();
     before = x.at;
-    next(x);
+    x.next();
     if (MORE) score(s, own, x);
     mma_wait<MORE ? 1 : 0>();
     held(t);

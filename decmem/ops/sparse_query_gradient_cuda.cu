@@ -47,13 +47,12 @@ template <bool HALF_ROWS> struct Group {
     group_sync(group);
   }
 
-  // Starts the products of step `n`: of queries with keys, and of gradients with values.
-  __device__ __forceinline__ void multiply(float (&p)[SPAN / 2], float (&dp)[SPAN / 2], int n) {
-    const int at = n % STAGES;
-    const u32 k_main = place(shared + K_AT, 16) + at * (K_STAGE >> 4), k_rest = k_main + (K_BYTES >> 4);
-    const u32 v_main = place(shared + V_AT, 16) + at * (V_BYTES >> 4);
-    const u32 v_rest = place(shared + V_REST_AT, 16) + at * (V_REST_BYTES >> 4);
-    bar_wait(shared + FULL + 8 * at, n / STAGES & 1);
+  // Starts the products of a step: of queries with keys, and of gradients with values.
+  __device__ __forceinline__ void multiply(float (&p)[SPAN / 2], float (&dp)[SPAN / 2], Stage now) {
+    const u32 k_main = place(shared + K_AT, 16) + now.at * (K_STAGE >> 4), k_rest = k_main + (K_BYTES >> 4);
+    const u32 v_main = place(shared + V_AT, 16) + now.at * (V_BYTES >> 4);
+    const u32 v_rest = place(shared + V_REST_AT, 16) + now.at * (V_REST_BYTES >> 4);
+    bar_wait(shared + FULL + 8 * now.at, now.phase);
     mma_fence();
 #pragma unroll
     for (int k = 0; k < SLICES; ++k) {
@@ -73,14 +72,14 @@ template <bool HALF_ROWS> struct Group {
     mma_commit();
   }
 
-  // Weights of step `n` from its scores.
-  __device__ __forceinline__ void weigh(float (&p)[SPAN / 2], int n) {
+  // Weights of a step from its scores.
+  __device__ __forceinline__ void weigh(float (&p)[SPAN / 2], Stage now) {
 #pragma unroll
     for (int i = 0; i < SPAN / 2; ++i) {
       if (HALF_ROWS && i & 2) p[i] = 0;
       else p[i] = exp2_of(fmaf(p[i], scale, i & 2 ? -lse1 : -lse0));
     }
-    Tokens(shared + TOKENS_AT + 16 * (n % STAGES)).mask(p, 0);
+    Tokens(shared + TOKENS_AT + 16 * now.at).mask(p, 0);
   }
 
   // Gradients of 16 scores, from the `c`th on.
@@ -92,23 +91,21 @@ template <bool HALF_ROWS> struct Group {
       ds[i] = HALF_ROWS && i & 1 ? 0 : packed(p[x] * (dp[x] - delta), p[x + 1] * (dp[x + 1] - delta));
     }
   }
-  __device__ __forceinline__ u32 keys_of(int n) { return place(shared + K_AT, K_BYTES) + n % STAGES * (K_STAGE >> 4); }
-  __device__ __forceinline__ void free_stage(int n) {
-    if (threadIdx.x % 32 == 0) bar_arrive(shared + FREE + 8 * (n % STAGES));
-  }
+  __device__ __forceinline__ u32 keys_of(Stage now) { return place(shared + K_AT, K_BYTES) + now.at * (K_STAGE >> 4); }
 
   __device__ __forceinline__ void walk(int entries) {
     __syncthreads();
     const int steps = (units_of(shared + LIST, entries) + UNITS - 1) / UNITS;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) dq[i] = 0;
+    Stage now = {0, 0};
 #pragma unroll 1
-    for (int n = 0; n < steps; ++n) {
+    for (int n = 0; n < steps; ++n, now.next()) {
       float p[SPAN / 2], dp[SPAN / 2];
-      multiply(p, dp, n);
+      multiply(p, dp, now);
       mma_wait<1>();
       held(p);
-      weigh(p, n);
+      weigh(p, now);
       mma_wait();
       held(dp);
 #pragma unroll
@@ -117,11 +114,11 @@ template <bool HALF_ROWS> struct Group {
         slope(p, dp, ds, c);
         // These meet their keys while the next are computed.
         mma_fence();
-        weighted(dq, ds, matrix<WIDE>(keys_of(n) + 128 * c));
+        weighted(dq, ds, matrix<WIDE>(keys_of(now) + 128 * c));
         mma_commit();
       }
       mma_wait();
-      free_stage(n);
+      if (threadIdx.x % 32 == 0) bar_arrive(shared + FREE + 8 * now.at);
     }
     held(dq);
   }
@@ -171,16 +168,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) query_gradient(
     __syncthreads();
     const int steps = (units_of(shared + LIST, slots) + UNITS - 1) / UNITS;
     const int k_line = (b * k_world + h * k_head) * PK, v_line = (b * v_world + h * v_head) * PK;
+    Stage stage = {0, 0};
     if (warp % 4 == 0)
       feed<K_STAGE>(
-          shared + LIST, slots, 0, steps, shared + FULL, shared + FREE,
+          shared + LIST, slots, stage, steps, shared + FULL, shared + FREE,
           [&](int at, u32 full, int unit, int units, int slot, int tokens) {
             put_tokens(shared + TOKENS_AT + 16 * at, unit, units, tokens);
             copy_wide(shared + K_AT + at * K_STAGE, keys, k_line + slot, unit, units, full);
           });
     if (warp % 4 == 1)
       feed<V_BYTES + V_REST_BYTES>(
-          shared + LIST, slots, 0, steps, shared + FULL, shared + FREE,
+          shared + LIST, slots, stage, steps, shared + FULL, shared + FREE,
           [&](int at, u32 full, int unit, int units, int slot, int) {
             copy_narrow(
                 shared + V_AT + at * V_BYTES, shared + V_REST_AT + at * V_REST_BYTES, values, rest, v_line + slot, unit,

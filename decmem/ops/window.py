@@ -137,6 +137,7 @@ def window_attention(
     valid: Bool[Tensor, "S"] | None = None,
     backend: Backend = "auto",
     counts: Int[Tensor, " M"] | None = None,
+    scale: float | None = None,
 ) -> Float[Tensor, "B H Tq S D"]:
     """Tokens of query latent i attend densely to all tokens of the key latents its window holds.
 
@@ -144,7 +145,8 @@ def window_attention(
     than the table has columns (a bank's spare room); those are never read. Keys of one world may
     serve the queries of many. `counts` may say what `valid` says block by block: how many tokens
     each of the M equal blocks of a latent holds, where they come first. Then, without gradients,
-    the block-sparse kernels for Hopper GPUs do the work where windows suit their tiles.
+    the block-sparse kernels for Hopper GPUs do the work where windows suit their tiles. `scale`
+    defaults to D^-1/2.
     """
     S, Tk = q.shape[3], windows.table.shape[1]
     if k.shape[0] < q.shape[0]:
@@ -155,7 +157,7 @@ def window_attention(
     if kernels and (valid is None or counts is not None):
         blocks = _for_hopper(q, k[:, :, :Tk], v[:, :, :Tk], windows, counts)
         if blocks is not None:
-            return block_sparse_attention(*blocks, backend="hopper").view_as(q)
+            return block_sparse_attention(*blocks, scale, backend="hopper").view_as(q)
     if backend == "triton" and windows.few_runs:
         from decmem.ops import window_kernels
 
@@ -163,27 +165,28 @@ def window_attention(
             k, v = k[:, :, :Tk], v[:, :, :Tk]
         launches = choose_launches(q)
         tiles = windows.tiles(launches, S, q.device)
-        return window_kernels.window_attention(q, k, v, tiles, valid, launches)
+        return window_kernels.window_attention(q, k, v, tiles, valid, launches, scale)
     if backend == "triton":
         rows = windows.rows(q.device)[None, None]
-        return block_sparse_attention(q, k, v, rows, valid=slots, backend=backend)
+        return block_sparse_attention(q, k, v, rows, slots, scale, backend)
     few = len(windows.spans) == 1 or not q.is_cuda
     if backend == "gather" and few and all(span.contiguous for span in windows.spans):
         if len(windows.spans) == 1:
-            return _attend_slice(q, k, v, windows.spans[0], valid)
+            return _attend_slice(q, k, v, windows.spans[0], valid, scale)
         if untraced(q):
             out = torch.empty_like(q)  # laid out like the queries, which joining pieces is not
             for span in windows.spans:
-                out[:, :, span.first : span.last] = _attend_slice(q, k, v, span, valid)
+                out[:, :, span.first : span.last] = _attend_slice(q, k, v, span, valid, scale)
             return out
-        return torch.cat([_attend_slice(q, k, v, span, valid) for span in windows.spans], dim=2)
+        parts = [_attend_slice(q, k, v, span, valid, scale) for span in windows.spans]
+        return torch.cat(parts, dim=2)
     # Latents that see the same keys are gathered for once.
     pieces = []
     for first, count, lists in windows.lists(q.device):
         size = first.last - first.first
         part = q[:, :, first.first : first.first + count * size]
         grouped = part.unflatten(2, (count, size)).flatten(3, 4)
-        out = block_sparse_attention(grouped, k, v, lists[None, None], valid=slots, backend=backend)
+        out = block_sparse_attention(grouped, k, v, lists[None, None], slots, scale, backend)
         pieces.append(out.unflatten(3, (size, S)).flatten(2, 3))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
@@ -237,11 +240,13 @@ def _for_hopper(
     return blocks if obstacle is None else None
 
 
-def _attend_slice(q: Tensor, k: Tensor, v: Tensor, span: Span, valid: Tensor | None) -> Tensor:
+def _attend_slice(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, valid: Tensor | None, scale: float | None
+) -> Tensor:
     """A span whose keys lie side by side: no gathering, the slice itself is attended to."""
     part = q[:, :, span.first : span.last]
     seen = slice(span.keys[0], span.keys[-1] + 1)
     mask = None if valid is None else valid.repeat(len(span.keys))[None]
     keys, values = (x[:, :, seen].flatten(2, 3) for x in (k, v))
-    out = F.scaled_dot_product_attention(part.flatten(2, 3), keys, values, mask)
+    out = F.scaled_dot_product_attention(part.flatten(2, 3), keys, values, mask, scale=scale)
     return out.unflatten(2, part.shape[2:4])

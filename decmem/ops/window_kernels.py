@@ -348,9 +348,14 @@ def _heads(x: Tensor) -> Tensor:
     return x if x.stride()[2:] == (S * D, D, 1) else x.contiguous()
 
 
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
 def _options(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch
-) -> dict[str, Any]:
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch,
+    scale: float | None,
+) -> dict[str, Any]:  # fmt: skip
     """What all kernels are called with, by name."""
     S, D = q.shape[3:]
     first, second = head_pieces(D)
@@ -368,7 +373,7 @@ def _options(
         "k_head": k.stride(1),
         "v_batch": v.stride(0),
         "v_head": v.stride(1),
-        "scale_log2": D**-0.5 * math.log2(math.e),
+        "scale_log2": _scale(q, scale) * math.log2(math.e),
         "S": S,
         "FIELDS": tiles.shape[1],
         "RUNS": (tiles.shape[1] - 2) // (4 + 2 * tile_latents(launch.rows, S)),
@@ -385,38 +390,39 @@ def _options(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, and the log2 of the sum of the exponentials of each query, fp32."""
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=torch.float32)
-    options = _options(q, k, v, tiles, words, launch)
+    options = _options(q, k, v, tiles, words, launch, scale)
     _forward_kernel[(len(tiles), q.shape[0] * q.shape[1])](OUT=out, LSE=lse, **options)
     return out, lse
 
 
 def query_gradient(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch,
-    out: Tensor, lse: Tensor, grad: Tensor,
+    out: Tensor, lse: Tensor, grad: Tensor, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dQ, and what dK and dV need of each query, fp32: lse, and output times gradient, summed."""
     dq, stats = q.new_empty(q.shape), lse.new_empty((*lse.shape, 2))
-    options = _options(q, k, v, tiles, words, launch)
+    options = _options(q, k, v, tiles, words, launch, scale)
     _query_gradient_kernel[(len(tiles), q.shape[0] * q.shape[1])](
-        OUT=out, GRAD=grad, LSE=lse, STATS=stats, DQ=dq, scale=q.shape[4] ** -0.5, **options
+        OUT=out, GRAD=grad, LSE=lse, STATS=stats, DQ=dq, scale=_scale(q, scale), **options
     )
     return dq, stats
 
 
 def key_gradient(
     q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, words: Tensor | None, launch: Launch,
-    stats: Tensor, grad: Tensor,
+    stats: Tensor, grad: Tensor, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dK and dV; zeros for keys that no query reads."""
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    options = _options(q, k, v, tiles, words, launch)
+    options = _options(q, k, v, tiles, words, launch, scale)
     _key_gradient_kernel[(len(tiles), q.shape[0] * q.shape[1])](
         GRAD=grad, STATS=stats, DK=dk, DV=dv,
-        COLS=k.shape[2] * k.shape[3], scale=q.shape[4] ** -0.5, **options,
+        COLS=k.shape[2] * k.shape[3], scale=_scale(q, scale), **options,
     )  # fmt: skip
     return dk, dv
 
@@ -424,43 +430,43 @@ def key_gradient(
 @torch.library.custom_op("decmem::window_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], words: Tensor | None,
-    launches: Sequence[int],
+    launches: Sequence[int], scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = _heads(q), _heads(k), _heads(v)
-    return forward(q, k, v, tiles[0], words, Launches.unpack(launches).forward)
+    return forward(q, k, v, tiles[0], words, Launches.unpack(launches).forward, scale)
 
 
 @_forward.register_fake
-def _(q, k, v, tiles, words, launches):
+def _(q, k, v, tiles, words, launches, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
 @torch.library.custom_op("decmem::window_backward", mutates_args=())
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], words: Tensor | None,
-    launches: Sequence[int], out: Tensor, lse: Tensor, grad: Tensor,
+    launches: Sequence[int], out: Tensor, lse: Tensor, grad: Tensor, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _, of_queries, of_keys = Launches.unpack(launches)
     q, k, v, grad = _heads(q), _heads(k), _heads(v), grad.contiguous()
-    dq, stats = query_gradient(q, k, v, tiles[1], words, of_queries, out, lse, grad)
-    return dq, *key_gradient(q, k, v, tiles[2], words, of_keys, stats, grad)
+    dq, stats = query_gradient(q, k, v, tiles[1], words, of_queries, out, lse, grad, scale)
+    return dq, *key_gradient(q, k, v, tiles[2], words, of_keys, stats, grad, scale)
 
 
 @_backward.register_fake
-def _(q, k, v, tiles, words, launches, out, lse, grad):
+def _(q, k, v, tiles, words, launches, out, lse, grad, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, tiles, words, launches = inputs
+    q, k, v, tiles, words, launches, scale = inputs
     ctx.save_for_backward(q, k, v, words, *output, *tiles)
-    ctx.launches = launches
+    ctx.launches, ctx.scale = launches, scale
 
 
 def _autograd(ctx, grad, _grad_lse):
     q, k, v, words, out, lse, *tiles = ctx.saved_tensors
-    grads = _backward(q, k, v, tiles, words, ctx.launches, out, lse, grad)
-    return *grads, [None] * len(tiles), None, None
+    grads = _backward(q, k, v, tiles, words, ctx.launches, out, lse, grad, ctx.scale)
+    return *grads, [None] * len(tiles), None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -473,6 +479,7 @@ def window_attention(
     tiles: Sequence[Tensor],
     valid: Tensor | None,
     launches: Launches,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention over windows; `decmem.ops.window.window_attention` says what of.
 
@@ -480,7 +487,8 @@ def window_attention(
         k, v: as many latents as the table has columns.
         tiles: of the table for the forward pass, dQ, and dK and dV, of the launches' sizes; the
             first alone where no gradient is wanted.
+        scale: of scores; None: D^-1/2.
     """
     words = None if valid is None else valid_words(valid)
-    out, _ = _forward(q, k, v, tiles, words, launches.pack())
+    out, _ = _forward(q, k, v, tiles, words, launches.pack(), scale)
     return out

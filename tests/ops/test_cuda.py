@@ -45,7 +45,7 @@ def test_assembled_products_stay_in_flight(shape: str, half: bool) -> None:
     assert tiles is not None
     kinds: list[dict] = [{"gate": D, "gate_type": "float"}]
     if shape == "paper":
-        kinds += [{"gate": 1}, {"partial": True}]
+        kinds += [{"gate": 1}, {"partial": True}, {"exponents": True}]
     texts = [
         sparse_cuda_kernels.source(PQ, PK, D, tiles, masked=masked, half=half, **kind)
         for kind in kinds
@@ -130,8 +130,11 @@ def inputs(
     return q, k, v, lists.cuda()
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None) -> Tensor:
-    return reference.block_sparse_attention(q, k.nan_to_num(), v.nan_to_num(), lists, valid)
+def definition(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    return reference.block_sparse_attention(q, k.nan_to_num(), v.nan_to_num(), lists, valid, scale)
 
 
 RUNS = {
@@ -194,6 +197,31 @@ def test_scores_that_outgrow_the_first_steps(dtype: torch.dtype, rows: slice) ->
     same = definition(q, k, v, lists, None)
     allowed = 2 * (same.float() - exact).abs().max() + 1e-2
     assert (out.float() - exact).abs().max() <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("run", ["paper", "147", "wide", "one-group", "small-keys"])
+@pytest.mark.parametrize("rows", ["usual", "high", "low"])
+def test_exponents_need_no_shift(run: str, dtype: torch.dtype, rows: str) -> None:
+    shape, counts = RUNS[run]
+    q, k, v, lists = inputs(*shape, dtype)
+    q *= shape[7] ** -0.5 / coding_inference.EXPONENT_SCALE
+    # A row whose weights leave the range of numbers if nothing is taken from their exponents.
+    if rows != "usual":
+        q[:, :, 1, 5] = 4.0
+        k[:, :, :-1] = k[:, :, :-1].abs() * (1 if rows == "high" else -1)
+    valid = None if counts is None else torch.tensor(counts, dtype=torch.int32, device="cuda")
+    scale = coding_inference.EXPONENT_SCALE
+    exact = definition(q.float(), k.float(), v.float(), lists, valid, scale)
+    allowed = 2 * (definition(q, k, v, lists, valid, scale).float() - exact).abs().max() + 1e-3
+    for split in (1, 3):
+        out, lse = sparse_cuda_kernels.run_forward(q, k, v, lists, valid, scale, split=split)
+        assert (out.float() - exact).abs().max() <= allowed
+        assert lse.isfinite().all()
+        if rows != "usual":
+            assert (lse[:, :, 1, 5] * (1 if rows == "high" else -1)).max() > 130
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None) -> Tensor:
@@ -340,7 +368,10 @@ def test_keys_and_values_are_encoded_where_they_belong(normed: bool) -> None:
         q = coding_inference.encode_heads_into(qkv, gains, groups, places, k, v)
         expected = coding.encode_heads(qkv, gains, groups, places)
     assert q is not None
-    assert all(torch.equal(*pair) for pair in zip((q, k, v), expected, strict=False))
+    assert all(torch.equal(*pair) for pair in zip((k, v), expected[1:3], strict=True))
+    # Scores need no factor.
+    factor = 72**-0.5 / coding_inference.EXPONENT_SCALE
+    assert torch.allclose(q.float(), expected[0].float() * factor, rtol=2.0**-7, atol=1e-6)
     assert all((room[:, :, :near] == 7).all() for room in rooms)
     # Gradients are not theirs.
     assert coding_inference.encode_heads_into(qkv, gains, groups, places, k, v) is None

@@ -68,6 +68,9 @@ def test_what_does_not_suit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flash4.obstacle(q, k, None) == "needs a Hopper or Blackwell GPU"
 
 
+# The library, and the one it compiles with, warn of themselves.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning")
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(("G", "worlds"), [(2, 2), (1, 1)])

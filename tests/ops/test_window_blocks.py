@@ -132,8 +132,10 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., WindowBlocks | Non
         pytest.skip("needs triton")
     from decmem.ops import sparse_kernels, window_kernels
 
-    def take(*blocks: object, backend: str) -> None:
+    def take(*arguments: object, backend: str) -> None:
+        *blocks, scale = arguments
         assert backend == "hopper"
+        assert scale is None
         raise Taken(WindowBlocks(*blocks))
 
     def leave(*arguments: object) -> Tensor:
