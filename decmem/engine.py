@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from decmem import flow
@@ -23,6 +23,8 @@ from decmem.memory.surface import Sight
 from decmem.model import WorldModel
 from decmem.model.world_model import Context
 from decmem.ops.rotary import Rotation
+from decmem.ops.window import hopper_lists
+from decmem.ops.window_blocks import block_size, placed_lists
 
 
 @dataclass
@@ -149,15 +151,28 @@ class Engine:
         # What is neither written nor retrieved need not lie beside the history.
         kept = bool(writes) or reach.own_candidates
         own = (self.slots, self.blocks) if kept else (None, None)
-        B, H, _, S, D = whole.layers[0].keys.shape
-        shape = (B, H, len(rows) * (near + self.T), S, D)
-        k, v = (torch.empty(shape, dtype=branches.dtype, device=device) for _ in range(2))
-        self.desk = Desk(self.seen, *own, k, v)
         self.plan = desk_plan(reach, T, branches.count, room, self.first, self.length, writes)
+        self.windows = self._windows_in(whole, len(rows)) if kept else None
+        B, H, _, S, D = whole.layers[0].keys.shape
+        reached = 0 if self.windows is not None else len(rows) * (near + self.T)
+        shape = (B, H, reached, S, D)
+        k, v = (torch.empty(shape, dtype=branches.dtype, device=device) for _ in range(2))
+        lists = None if self.windows is None else self.windows.clone()
+        self.desk = Desk(self.seen, *own, k, v, lists)
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = None if beside is None else beside.pool
         if capture and self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
+
+    def _windows_in(self, whole: Bank, rows: int) -> Int[Tensor, "1 1 tiles K"] | None:
+        """Lists by which windows are read in the arenas, counted from what they reach on; None
+        where they are fetched first."""
+        model, stored = self.branches.model, whole.layers[0].keys
+        if whole.dtype != self.branches.dtype or not model.config.position.global_time:
+            return None
+        B, H, _, S, D = stored.shape
+        q = stored.new_empty(B, H, rows * self.T, S, D)
+        return hopper_lists(q, stored, self.plan.windows, model.layout.counts)
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Lays out chunks: what steers them, and their places in the arenas."""
@@ -169,6 +184,11 @@ class Engine:
         self.seen.copy_((ends + torch.arange(-self.near, 0)).flatten())
         self.slots.copy_((ends + torch.arange(self.T)).flatten())
         self.blocks.copy_((ends * M + torch.arange(self.T * M)).flatten())
+        if self.windows is not None and self.desk.lists is not None:
+            layout = rows[0].bank.layout
+            blocks = layout.S // block_size(layout.S, layout.counts)
+            reached = torch.cat((self.seen, self.slots))
+            self.desk.lists.copy_(placed_lists(self.windows, reached, blocks))
         given = _joined(rows, self.near)
         for place, part in zip(_tensors(self.context), _tensors(given), strict=True):
             place.copy_(part)

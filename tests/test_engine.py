@@ -10,12 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from decmem import engine as engine_module
 from decmem import flow
 from decmem.engine import Engine
-from decmem.memory import Bank, KeptLists, Lens, bank_plan
+from decmem.memory import Bank, KeptLists, Lens, PositionConfig, bank_plan
 from decmem.memory.quantised import FP8
 from decmem.memory.sparse_global import SparseGlobalMemory
 from decmem.model import Conditions, WorldModel
+from decmem.ops import window
+from decmem.ops.block_sparse import block_sparse_attention
+from decmem.ops.window import WindowTable
+from decmem.ops.window_blocks import tile_lists
 from decmem.sampler import Sampler
 
 from .dreams import CONFIGS, PAPER, POCKET, RETRIEVALS, T, awake, dreamt, sampler_of, way
@@ -82,6 +87,41 @@ def test_the_engine_is_the_plain_pass(
     stored, expected = (one.layers[-1].read(slice(6, 12), torch.float32) for one in (bank, known))
     for mine, theirs in zip(stored, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has windows read where they lie, as the kernels for Hopper GPUs do, on any device."""
+
+    def lists(q: Tensor, k: Tensor, windows: WindowTable, counts: Tensor) -> Tensor | None:
+        S = q.shape[3]
+        return tile_lists(windows.table, S, S, len(counts))
+
+    def attend(*arguments: object, **named: object) -> Tensor:
+        if named.get("backend") == "hopper":
+            named["backend"] = "gather"
+        return block_sparse_attention(*arguments, **named)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(engine_module, "hopper_lists", lists)
+    monkeypatch.setattr(window, "block_sparse_attention", attend)
+
+
+@pytest.mark.usefixtures("windows_in_the_bank")
+@pytest.mark.parametrize("worlds", [1, 2])
+@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_windows_may_be_read_in_the_bank(
+    name: str, guidance: float | None, worlds: int, model: Callable[[str], WorldModel]
+) -> None:
+    options = {"guidance": guidance, "share_lists": True}
+    plain, _ = dreamt(sampler_of(model(name), **options, graphs="off"), worlds=worlds)
+    got, bank = dreamt(sampler_of(model(name), **options, graphs="eager", room=30), worlds=worlds)
+    assert isinstance(bank.engine, Engine)
+    for engine in (bank.engine, bank.engine.writer):
+        assert engine is not None
+        # Where the global memory sees no time, the window's keys are others than the bank's.
+        assert (engine.desk.lists is None) == (name == "pocket")
+    torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_latents_may_be_written_in_smaller_chunks_than_they_are_dreamt_in() -> None:
@@ -263,6 +303,25 @@ def test_graphs_replay_the_plain_pass(name: str, options: dict, dtype: torch.dty
         assert torch.equal(got, eager)
         # In 16 bits a rounding may choose another block.
         assert (got - plain).abs().mean() < 0.2 * plain.std()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["paper", "window"])
+def test_a_hopper_gpu_reads_windows_in_the_bank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+    position = PositionConfig(camera=24, space=24, time=24)
+    config = dataclasses.replace(CONFIGS[name], size=(352, 640), width=144, position=position)
+    model = awake(config, "cuda")
+    got, bank = dreamt(sampler_of(model, room=30))
+    monkeypatch.setattr(engine_module, "hopper_lists", lambda *asked: None)
+    fetched, other = dreamt(sampler_of(model, room=30))
+    for one, there in ((bank, True), (other, False)):
+        assert isinstance(one.engine, Engine)
+        assert (one.engine.desk.lists is not None) == there
+    # Roundings of queries apart, which may choose another block.
+    assert got.std() > 0.1
+    assert (got - fetched).abs().mean() < 0.1 * fetched.std()
 
 
 @pytest.mark.gpu

@@ -4,12 +4,12 @@ The stable base of the decoupled memory: a short window keeps the distribution c
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from decmem.memory.layout import TokenLayout
 from decmem.ops.block_sparse import Backend
-from decmem.ops.window import WindowTable, window_attention
+from decmem.ops.window import WindowTable, listed_attention, window_attention
 
 
 class AnchoredLocalMemory(nn.Module):
@@ -37,3 +37,14 @@ class AnchoredLocalMemory(nn.Module):
         """o_alm. `scale`: of scores; None: D^-1/2."""
         valid = self._valid(q.device)
         return window_attention(q, k, v, windows, valid, self.backend, self.counts, scale)
+
+    def where_it_lies(
+        self,
+        q: Float[Tensor, "B H T S D"],
+        k: Float[Tensor, "B H room S D"],
+        v: Float[Tensor, "B H room S D"],
+        lists: Int[Tensor, "1 1 tiles K"],
+        scale: float | None = None,
+    ) -> Float[Tensor, "B H T S D"]:
+        """The same of an arena, of whose blocks the lists name those of the windows."""
+        return listed_attention(q, k, v, lists, self.counts, scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 from decmem.errors import UserError
 from decmem.memory.layout import TokenLayout
 from decmem.memory.quantised import FP8, quantise, restore
-from decmem.ops.selection import pool_blocks
+from decmem.ops.selection import pool_blocks, pool_blocks_into
 
 _SEGMENT = 64
 
@@ -69,6 +69,8 @@ class Desk:
         blocks: those of its blocks.
         keys, values: what the local window reaches, the pass's own last. All layers use them in
             turn.
+        lists: blocks of the arena that the window's tiles see (`decmem.ops.window`): it is read
+            where it lies, and `keys` and `values` are not used. None: it is fetched.
     """
 
     near: Int[Tensor, "near"]
@@ -76,6 +78,7 @@ class Desk:
     blocks: Int[Tensor, "TM"] | None
     keys: Float[Tensor, "B H window S D"]
     values: Float[Tensor, "B H window S D"]
+    lists: Int[Tensor, "1 1 tiles K"] | None = None
 
     @property
     def own(self) -> tuple[Tensor, Tensor]:
@@ -153,10 +156,10 @@ class LayerBank:
 
         The last `passing` latents never will be, and do not count against the limit.
         """
-        parts = (*self._stored(k), *self._stored(v))
         if self.desk is not None:
-            self._stage_at_desk(self.desk, parts, k, layout)
+            self._stage_at_desk(self.desk, k, v, layout)
             return
+        parts = (*self._stored(k), *self._stored(v))
         end = self.length + k.shape[2]
         self.reserve(end, layout.M, passing)
         here = slice(self.length, end)
@@ -165,14 +168,31 @@ class LayerBank:
                 place[:, :, here] = part
         self.pooled[:, :, self.length * layout.M : end * layout.M] = _pooled(k, layout)
 
-    def _stage_at_desk(
-        self, desk: Desk, parts: tuple[Tensor | None, ...], given: Tensor, layout: TokenLayout
-    ) -> None:
+    def place_of_own(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Room for a pass's keys and values where they will be read, at a desk; where that is the
+        arena, their slots in it."""
+        if self.desk is None:
+            return None
+        if self.desk.lists is None:
+            return *self.desk.own, None
+        return self.keys, self.values, self.desk.slots
+
+    def _stage_at_desk(self, desk: Desk, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
+        if k.data_ptr() == self.keys.data_ptr():  # computed where they belong
+            assert desk.blocks is not None
+            blocks = _blocks(self.keys, layout)
+            pool_blocks_into(blocks, desk.blocks, self.pooled, layout.valid_on(k.device))
+            return
+        parts = (*self._stored(k), *self._stored(v))
         if desk.slots is not None and desk.blocks is not None:
             for place, part in zip(self._places, parts, strict=True):
                 if place is not None and part is not None:
                     _put(place, desk.slots, part)
-            self.pooled.index_copy_(2, desk.blocks, _pooled(given, layout))
+            self.pooled.index_copy_(2, desk.blocks, _pooled(k, layout))
+        if desk.lists is None:
+            self._fetch_window(desk, parts)
+
+    def _fetch_window(self, desk: Desk, parts: tuple[Tensor | None, ...]) -> None:
         k, k_scale, v, v_scale = parts
         assert k is not None
         assert v is not None
@@ -274,9 +294,12 @@ def _cut(scale: Tensor | None, part: slice) -> Tensor | None:
     return None if scale is None else scale[:, :, part]
 
 
+def _blocks(k: Tensor, layout: TokenLayout) -> Float[Tensor, "B H TM P D"]:
+    return k.reshape(*k.shape[:2], -1, layout.P, k.shape[-1])
+
+
 def _pooled(k: Tensor, layout: TokenLayout) -> Float[Tensor, "B H TM D"]:
-    blocks = k.reshape(*k.shape[:2], -1, layout.P, k.shape[-1])
-    return pool_blocks(blocks, layout.valid_on(k.device))
+    return pool_blocks(_blocks(k, layout), layout.valid_on(k.device))
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from decmem.memory.anchored_local import AnchoredLocalMemory
 from decmem.memory.bank import LayerBank
 from decmem.memory.coding import Coded, decode, decode_rows, encode
 from decmem.memory.kept_lists import KeptLists
@@ -103,8 +104,7 @@ class Memory(nn.Module):
         local_time = None
         if reading.bank is None and not self.position.global_time:
             local_time = self._window_time(reading, reading.key_time)
-        desk = None if reading.bank is None else reading.bank.desk
-        room = None if desk is None else desk.own
+        room = None if reading.bank is None else reading.bank.place_of_own()
         return encode(self.position, reading.position, reading.qkv, reading.gains, local_time, room)
 
     def _pool(self, reading: Reading, coded: Coded) -> tuple[Tensor, Tensor]:
@@ -120,6 +120,15 @@ class Memory(nn.Module):
     ) -> Float[Tensor, "B T S width"] | Fp8Rows:
         """Attention of coded queries over the coded pool (B, H, pool, S, D), decoded."""
         raise NotImplementedError
+
+    def near(
+        self, local: AnchoredLocalMemory, reading: Reading, coded: Coded, k: Tensor, v: Tensor
+    ) -> Float[Tensor, "B H T S D"]:
+        """o_alm, not decoded: fetched first, or read in the bank."""
+        desk = None if reading.bank is None else reading.bank.desk
+        if desk is not None and desk.lists is not None:
+            return local.where_it_lies(coded.q, k, v, desk.lists, coded.scale)
+        return local(*self.window(reading, coded, k, v), reading.plan.windows, coded.scale)
 
     def window(
         self, reading: Reading, coded: Coded, k: Tensor, v: Tensor

@@ -67,13 +67,13 @@ def encode(
     qkv: Float[Tensor, "B T S three_width"],
     gains: Float[Tensor, "2 H"] | None,
     local_time: Rotation | None = None,
-    room: tuple[Tensor, Tensor] | None = None,
+    room: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Coded:
     """Norms and codes the projections of a pass.
 
     With `config.global_time` queries and keys carry the time of `position`; without, and with a
     `local_time`, they come twice, bare and with that time. Keys and values may lie in the `room`
-    given for them (B, H, T, S, D).
+    given for them (B, H, T, S, D), or for more latents than these and then with their slots in it.
     """
     if coding.kernels_serve(qkv):
         time = position.time if config.global_time else local_time
@@ -82,7 +82,7 @@ def encode(
         if room is not None and not twice:
             q = coding_inference.encode_heads_into(qkv, gains, _groups(config), places, *room)
             if q is not None:
-                return Coded(q, *room, scale=coding_inference.EXPONENT_SCALE)
+                return Coded(q, *room[:2], scale=coding_inference.EXPONENT_SCALE)
         coded = coding.encode_heads(qkv, gains, _groups(config), places, local=twice)
         return Coded(*coded) if twice else Coded(*coded[:3])
     q, k, v = split_heads(qkv, gains, config.head_dim)

@@ -30,8 +30,7 @@ class DecoupledMemory(Memory):
         return nn.functional.linear(reading.features, weight, bias)
 
     def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor | Fp8Rows:
-        near = self.window(reading, coded, k, v)
-        o_alm = self.anchored_local(*near, reading.plan.windows, coded.scale)
+        o_alm = self.near(self.anchored_local, reading, coded, k, v)
         if not reading.recall.global_memory:
             return self.result(reading, o_alm)
         lists = self._lists(reading, coded, k)

@@ -23,5 +23,4 @@ class WindowMemory(Memory):
         self.local = AnchoredLocalMemory(layout)
 
     def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor | Fp8Rows:
-        near = self.window(reading, coded, k, v)
-        return self.result(reading, self.local(*near, reading.plan.windows, coded.scale))
+        return self.result(reading, self.near(self.local, reading, coded, k, v))

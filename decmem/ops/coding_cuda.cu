@@ -3,7 +3,7 @@
 // lie far apart on one side and side by side on the other.
 //
 // Defined in front of this text: D, CAMERA, SPACE, SURFACE, TIME (a head's channels), TURNED, TOKENS,
-// THREADS, HALF for float16; NORMED, TIMED, LOCAL, VALUES and HEADS_LAST of the encoding; GATED,
+// THREADS, HALF for float16; NORMED, TIMED, LOCAL, VALUES, HEADS_LAST and SLOTTED of the encoding; GATED,
 // PER_HEAD and ROUNDED of the decoding.
 
 constexpr int CHUNKS = D / 8;
@@ -116,10 +116,13 @@ __device__ __forceinline__ void put(u16* to, const float (&y)[8]) {
   *(uint4*)to = make_uint4(packed(y[0], y[1]), packed(y[2], y[3]), packed(y[4], y[5]), packed(y[6], y[7]));
 }
 
-// Where head h of token n lies if heads come first, with room for `latents` latents a head.
-__device__ __forceinline__ long long place_of(int n, int h, int T, int S, int H, int latents) {
+// Where head h of token n lies if heads come first, with room for `latents` latents a head: its latent in
+// its own place, or in that which `slots` tell.
+__device__ __forceinline__ long long place_of(
+    int n, int h, int T, int S, int H, int latents, const long long* __restrict__ slots = nullptr) {
   const int bt = n / S;
-  return ((((long long)(bt / T) * H + h) * latents + bt % T) * S + n % S) * D;
+  const long long latent = slots == nullptr ? bt % T : slots[bt % T];
+  return ((((long long)(bt / T) * H + h) * latents + latent) * S + n % S) * D;
 }
 
 // Rotations and matrices of a program's tokens, once for all heads.
@@ -136,13 +139,14 @@ __device__ __forceinline__ void prepare(float* to, int n0, int N, int S, const f
     if (n0 + x / 16 < N) to[x] = matrix[(n0 + x / 16) / S * 16 + x % 16];
 }
 
-// Keys and values may have room for more latents a head, `latents` in all; everything else has T.
+// Keys and values may have room for more latents a head, `latents` in all, and places there that SLOTTED
+// `slots` tell; everything else has T.
 extern "C" __global__ void __launch_bounds__(THREADS) encode(
     const u16* __restrict__ qkv, const float* __restrict__ gains, const float* __restrict__ query_matrix,
     const float* __restrict__ key_matrix, const float* space_cos, const float* space_sin, const float* surface_cos,
     const float* surface_sin, const float* time_cos, const float* time_sin, u16* __restrict__ q, u16* __restrict__ k,
-    u16* __restrict__ v, u16* __restrict__ local_q, u16* __restrict__ local_k, int N, int T, int S, int H, int latents, float eps,
-    float query_factor) {
+    u16* __restrict__ v, u16* __restrict__ local_q, u16* __restrict__ local_k,
+    const long long* __restrict__ slots, int N, int T, int S, int H, int latents, float eps, float query_factor) {
   extern __shared__ __align__(16) char raw[];
   const int rows = TOKENS * H;
   u16* const own = (u16*)raw;  // token, then queries, keys or values, then head
@@ -178,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
     const int token = HEADS_LAST ? row / H : row % TOKENS, h = HEADS_LAST ? row % H : row / TOKENS, n = n0 + token;
     if (n >= N) continue;
     const long long to = (HEADS_LAST ? ((long long)n * H + h) * D : place_of(n, h, T, S, H, T)) + 8 * c;
-    const long long roomy = HEADS_LAST ? to : place_of(n, h, T, S, H, latents) + 8 * c;
+    const long long roomy = HEADS_LAST ? to : place_of(n, h, T, S, H, latents, SLOTTED ? slots : nullptr) + 8 * c;
     const Turns& turn = turns[token];
 #pragma unroll
     for (int part = 0; part < 3; ++part) {

@@ -42,8 +42,8 @@ def source(groups: list[int], *, half: bool, **kinds: bool) -> str:
         "LARGEST": f"{LARGEST}f", "LEAST": f"{LEAST}f",
     }  # fmt: skip
     for kind in (
-        "turned", "normed", "timed", "local", "values", "heads_last", "gated", "per_head",
-        "rounded",
+        "turned", "normed", "timed", "local", "values", "heads_last", "slotted", "gated",
+        "per_head", "rounded",
     ):  # fmt: skip
         constants[kind.upper()] = int(kinds.get(kind, False))
     return defined(constants) + texts("numbers", "coding")
@@ -59,13 +59,13 @@ def _kernel(name: str, device: torch.device, groups: tuple[int, ...], **kinds: b
 def run_encode(
     qkv: Tensor, gains: Tensor | None, tables: tuple[Tensor | None, ...], out: list[Tensor],
     groups: list[int], eps: float, *, local: bool, values: bool, heads_last: bool,
-    latents: int | None = None, query_factor: float = 1.0,
+    latents: int | None = None, slots: Tensor | None = None, query_factor: float = 1.0,
 ) -> None:  # fmt: skip
     """As the operator `decmem::encode_heads`, into `out`, for inputs that `suits` takes.
 
     `tables`: both matrices, then cosines and sines of space, surface and time. `latents`: for which
-    `out` has room in each head's keys and values, None if for those of `qkv`. `query_factor`:
-    what queries are multiplied by.
+    `out` has room in each head's keys and values, None if for those of `qkv`; `slots`:
+    where these lie there, None if in front. `query_factor`: what queries are multiplied by.
     """
     B, T, S, channels = qkv.shape
     D = sum(groups)
@@ -74,11 +74,11 @@ def run_encode(
     kernel = _kernel(
         "encode", qkv.device, tuple(groups), half=qkv.dtype == torch.float16,
         turned=tables[4] is not None, normed=gains is not None, timed=timed and not local,
-        local=local, values=values, heads_last=heads_last,
+        local=local, values=values, heads_last=heads_last, slotted=slots is not None,
     )  # fmt: skip
     kernel.launch(
         -(-tokens // _TOKENS), _THREADS, _shared_bytes(3, H, D), qkv, gains, *tables, *out,
-        tokens, T, S, H, latents or T, eps, query_factor,
+        slots, tokens, T, S, H, latents or T, eps, query_factor,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ By the kernels in CUDA C++ alone; callers have another way where these do not se
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from decmem.ops.coding import EPS, Groups, Places, fp32_table, turn_tables
@@ -26,7 +26,7 @@ EXPONENT_SCALE = math.log(2)
 @torch.library.custom_op("decmem::encode_heads_into", mutates_args=("k", "v"))
 def _encode_into(
     qkv: Tensor, gains: Tensor | None, tables: list[Tensor | None], k: Tensor, v: Tensor,
-    groups: list[int],
+    slots: Tensor | None, groups: list[int],
 ) -> Tensor:  # fmt: skip
     assert coding_cuda_kernels is not None
     H, D = k.shape[1], sum(groups)
@@ -35,13 +35,13 @@ def _encode_into(
     coding_cuda_kernels.run_encode(
         qkv, gains, tuple(tables), [q, k, v, unused, unused], groups, EPS,
         local=False, values=True, heads_last=False, latents=k.stride(1) // (S * D),
-        query_factor=D**-0.5 / EXPONENT_SCALE,
+        slots=slots, query_factor=D**-0.5 / EXPONENT_SCALE,
     )  # fmt: skip
     return q
 
 
 @_encode_into.register_fake
-def _(qkv, gains, tables, k, v, groups):
+def _(qkv, gains, tables, k, v, slots, groups):
     B, T, S, _ = qkv.shape
     return qkv.new_empty(B, k.shape[1], T, S, sum(groups))
 
@@ -51,11 +51,12 @@ def encode_heads_into(
     gains: Float[Tensor, "2 H"] | None,
     groups: Groups,
     places: Places,
-    k: Float[Tensor, "B H T S D"],
-    v: Float[Tensor, "B H T S D"],
+    k: Float[Tensor, "B H T S D"] | Float[Tensor, "B H room S D"],
+    v: Float[Tensor, "B H T S D"] | Float[Tensor, "B H room S D"],
+    slots: Int[Tensor, "T"] | None = None,
 ) -> Tensor | None:
     """As `encode_heads` without `local`, keys and values into `k` and `v`: some latents of larger
-    tensors. Without gradients.
+    tensors, or all, and then the `slots` tell where these latents belong. Without gradients.
 
     Queries come multiplied by D^-1/2 log2(e), before they are rounded, so that attention with the
     scale `EXPONENT_SCALE` need not multiply their scores.
@@ -63,7 +64,7 @@ def encode_heads_into(
     Returns:
         Queries; None where this is not to be had, and nothing was written.
     """
-    B, H, T, S, D = k.shape
+    B, H, _, S, D = k.shape
     alike = k.stride() == v.stride() and k.stride()[2:] == (S * D, D, 1)
     whole = k.stride(1) % (S * D) == 0 and (B == 1 or k.stride(0) == H * k.stride(1))
     serves = coding_cuda_kernels is not None and coding_cuda_kernels.suits(
@@ -75,7 +76,7 @@ def encode_heads_into(
         fp32_table(places.query_matrix), fp32_table(places.key_matrix), *turn_tables(places.space),
         *turn_tables(places.surface), *turn_tables(places.time),
     ]  # fmt: skip
-    return _encode_into(qkv.contiguous(), fp32_table(gains), tables, k, v, list(groups))
+    return _encode_into(qkv.contiguous(), fp32_table(gains), tables, k, v, slots, list(groups))
 
 
 @torch.library.custom_op("decmem::decode_head_rows", mutates_args=())

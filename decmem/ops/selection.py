@@ -35,6 +35,20 @@ def pool_blocks(
     return torch.einsum("bhnpd,np->bhnd", x, weight)
 
 
+def pool_blocks_into(
+    x: Float[Tensor, "B H N P D"],
+    blocks: Int[Tensor, " n"],
+    out: Float[Tensor, "B H N D"],
+    valid: Bool[Tensor, "period P"] | None = None,
+) -> None:
+    """`out[:, :, blocks]`, in fp32, as `pool_blocks` of those blocks, without gradients."""
+    if bare_kernels_serve(x) and x.is_contiguous() and out.is_contiguous():
+        _pool_into(x, blocks, out, valid)
+        return
+    kinds = None if valid is None else valid[blocks % len(valid)]
+    out.index_copy_(2, blocks, pool_blocks(x.index_select(2, blocks), kinds))
+
+
 def block_scores(
     q: Float[Tensor, "B H Nq D"], k: Float[Tensor, "#B H Nk D"], per_head: bool
 ) -> Float[Tensor, "B G Nq Nk"]:
@@ -155,10 +169,35 @@ def _(scores, candidates, count):
     return scores.new_empty((*scores.shape[:3], count), dtype=torch.int32)
 
 
-@torch.library.custom_op("decmem::pool_blocks", mutates_args=())
-def _pool(x: Tensor, valid: Tensor | None) -> Tensor:
+def _run_pool(
+    x: Tensor, blocks: Tensor | None, valid: Tensor | None, out: Tensor, room: int
+) -> None:
     from decmem.ops.selection_kernels import _pool_kernel
 
+    B, H, N, P, D = x.shape
+    n = N if blocks is None else len(blocks)
+    kinds = None if valid is None else valid.contiguous().view(torch.uint8)
+    constants: dict[str, Any] = {
+        "P": P, "D": D, "WIDTH": 1 << (D - 1).bit_length(), "TOKENS": 32, "num_warps": 4,
+    }  # fmt: skip
+    _pool_kernel[(B * H * n,)](
+        x, blocks, kinds, out, n, N if valid is None else len(valid), room, out.shape[2],
+        **constants, MASKED=valid is not None, LISTED=blocks is not None,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("decmem::pool_blocks_into", mutates_args=("out",))
+def _pool_into(x: Tensor, blocks: Tensor, out: Tensor, valid: Tensor | None) -> None:
+    _run_pool(x, blocks, valid, out, x.shape[2])
+
+
+@_pool_into.register_fake
+def _(x, blocks, out, valid):
+    return None
+
+
+@torch.library.custom_op("decmem::pool_blocks", mutates_args=())
+def _pool(x: Tensor, valid: Tensor | None) -> Tensor:
     B, H, N, P, D = x.shape
     out = x.new_empty((B, H, N, D), dtype=torch.float32)
     block, head = P * D, x.stride(1)
@@ -166,14 +205,7 @@ def _pool(x: Tensor, valid: Tensor | None) -> Tensor:
     apart = x.stride()[2:] == (block, D, 1) and head % block == 0
     if not (apart and (B == 1 or x.stride(0) == H * head)):
         x, head = x.contiguous(), N * block
-    kinds = None if valid is None else valid.contiguous().view(torch.uint8)
-    constants: dict[str, Any] = {
-        "P": P, "D": D, "WIDTH": 1 << (D - 1).bit_length(), "TOKENS": 32, "num_warps": 4,
-    }  # fmt: skip
-    _pool_kernel[(B * H * N,)](
-        x, kinds, out, N, N if valid is None else len(valid), head // block, **constants,
-        MASKED=valid is not None,
-    )  # fmt: skip
+    _run_pool(x, None, valid, out, head // block)
     return out
 
 

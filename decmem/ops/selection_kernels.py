@@ -105,12 +105,16 @@ def _choose_kernel(
 @triton.jit
 @no_type_check
 def _pool_kernel(
-    X, VALID, OUT, N, PERIOD, room,
+    X, BLOCKS, VALID, OUT, N, PERIOD, room, out_room,
     P: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
-    kind = block % N % PERIOD
+    """Blocks 0 to N of every head, or those that are listed; a head of a world has `room` blocks,
+    and `out_room` means."""
+    head, block = tl.program_id(0).to(tl.int64) // N, tl.program_id(0).to(tl.int64) % N
+    if LISTED:
+        block = tl.load(BLOCKS + block).to(tl.int64)
+    kind = block % PERIOD
     d, token = tl.arange(0, WIDTH), tl.arange(0, TOKENS)
     total = tl.zeros((TOKENS, WIDTH), tl.float32)
     count = tl.zeros((TOKENS,), tl.int32)
@@ -118,9 +122,8 @@ def _pool_kernel(
         here = first + token < P
         if MASKED:
             here &= tl.load(VALID + kind * P + first + token, mask=here, other=0) != 0
-        # A head of a world has `room` blocks, of which these are the first.
-        at = ((block // N * room + block % N) * P + first + token)[:, None] * D + d[None, :]
+        at = ((head * room + block) * P + first + token)[:, None] * D + d[None, :]
         total += tl.load(X + at, mask=here[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         count += here.to(tl.int32)
     mean = tl.sum(total, 0) / tl.sum(count, 0).to(tl.float32)
-    tl.store(OUT + block * D + d, mean, mask=d < D)
+    tl.store(OUT + (head * out_room + block) * D + d, mean, mask=d < D)

@@ -191,6 +191,34 @@ def window_attention(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
+def hopper_lists(
+    q: Float[Tensor, "B H Tq S D"],
+    k: Float[Tensor, "B H room S D"],
+    windows: WindowTable,
+    counts: Int[Tensor, " M"] | None,
+) -> Int[Tensor, "1 1 tiles K"] | None:
+    """What `listed_attention` reads for such windows if their latents come first in `k`; None where
+    the kernels for Hopper GPUs do not serve."""
+    if choose_backend("auto", q) != "triton":
+        return None
+    blocks = _for_hopper(q, k, k, windows, counts)
+    return None if blocks is None else blocks.lists
+
+
+def listed_attention(
+    q: Float[Tensor, "B H Tq S D"],
+    k: Float[Tensor, "B H room S D"],
+    v: Float[Tensor, "B H room S D"],
+    lists: Int[Tensor, "1 1 tiles K"],
+    counts: Int[Tensor, " M"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "B H Tq S D"]:
+    """`window_attention` where the keys lie, by the kernels for Hopper GPUs: `lists` say which
+    blocks of `k` and `v` each tile of queries sees. `counts` and `scale` as there."""
+    blocks = window_blocks(q, k, v, lists, counts)
+    return block_sparse_attention(*blocks, scale, backend="hopper").view_as(q)
+
+
 @functools.cache
 def _alone(latents: int) -> WindowTable:
     """Every latent sees itself only: attention inside latents as a window."""

@@ -45,6 +45,15 @@ def tile_lists(
     return torch.where(places < seen.shape[1], places, -1).to(torch.int32)[None, None]
 
 
+def placed_lists(
+    lists: Int[Tensor, "1 1 tiles K"], places: Int[Tensor, "Tk"], blocks: int
+) -> Int[Tensor, "1 1 tiles K"]:
+    """`tile_lists` of latents that lie in these `places` of a larger tensor; latents have so many
+    `blocks`."""
+    there = places.to(lists.dtype)[lists.clamp(min=0) // blocks] * blocks + lists % blocks
+    return torch.where(lists >= 0, there, lists)
+
+
 def tile_rows(slots: int) -> int:
     """Queries of a tile, 0 where nothing divides so many."""
     return next((n for n in _ROWS if slots % n == 0), 0)

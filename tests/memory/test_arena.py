@@ -167,6 +167,27 @@ def test_staging_at_a_desk_equals_staging_behind_the_length(
         assert torch.equal(desk, arena[:, :, 3:7])
 
 
+def test_what_was_computed_in_the_arena_stays_there(walk: Callable) -> None:
+    plain, other = bank_of(torch.float32, room=9), bank_of(torch.float32, room=9)
+    past, k = tokens(5), tokens(2, 1)
+    for bank in (plain, other):
+        fill(bank, past, past, walk(5))
+    M, layer = LAYOUT.M, other.layers[0]
+    nothing, slots = torch.zeros(2, 2, 0, LAYOUT.S, POSITION.head_dim), torch.tensor([5, 6])
+    blocks, lists = torch.arange(5 * M, 7 * M), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    layer.desk = Desk(torch.tensor([3, 4]), slots, blocks, nothing, nothing, lists)
+    keys, values, where = layer.place_of_own() or (None, None, None)
+    assert keys is layer.keys
+    assert values is layer.values
+    assert where is slots
+    layer.keys[:, :, 5:7], layer.values[:, :, 5:7] = k, -k
+    layer.stage(layer.keys, layer.values, LAYOUT)
+    plain.layers[0].stage(k, -k, LAYOUT)
+    for (name, a), (_, b) in zip(plain.layers[0].arenas(), layer.arenas(), strict=True):
+        known = 7 * (M if name == "pooled" else 1)
+        torch.testing.assert_close(a[:, :, :known], b[:, :, :known], msg=name)
+
+
 def test_what_nobody_retrieves_stays_at_the_desk(walk: Callable) -> None:
     bank, k = bank_of(torch.float32, room=5), tokens(2, 1)
     past = tokens(5)

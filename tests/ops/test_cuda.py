@@ -69,7 +69,13 @@ def test_assembled_products_stay_in_flight(shape: str, half: bool) -> None:
 @pytest.mark.parametrize("groups", [[24, 24, 0, 24], [16, 16, 24, 8], [0, 72, 0, 0]], ids=str)
 def test_the_coding_of_heads_is_assembled(groups: list[int]) -> None:
     there = {"turned": True, "normed": True, "local": True, "values": True}
-    others = ("heads_last", "timed"), ("gated", "per_head"), ("gated", "rounded"), ("rounded",)
+    others = (
+        ("heads_last", "timed"),
+        ("slotted", "values", "timed"),
+        ("gated", "per_head"),
+        ("gated", "rounded"),
+        ("rounded",),
+    )
     for kinds in (there, *(dict.fromkeys(other, True) for other in others)):
         text = coding_cuda_kernels.source(groups, half=False, **kinds)
         code, remarks = cuda_module.compiled(text, "sm_90" if "rounded" in kinds else "sm_80")
@@ -373,6 +379,15 @@ def test_keys_and_values_are_encoded_where_they_belong(normed: bool) -> None:
     factor = 72**-0.5 / coding_inference.EXPONENT_SCALE
     assert torch.allclose(q.float(), expected[0].float() * factor, rtol=2.0**-7, atol=1e-6)
     assert all((room[:, :, :near] == 7).all() for room in rooms)
+    # The same at slots that the device tells.
+    slots = torch.tensor([6, 0, 3, 8], device="cuda")
+    with torch.no_grad():
+        again = coding_inference.encode_heads_into(qkv, gains, groups, places, *rooms, slots)
+    assert again is not None
+    assert torch.equal(again, q)
+    for room, wanted in zip(rooms, expected[1:3], strict=True):
+        assert torch.equal(room[:, :, slots], wanted)
+        assert (room[:, :, [1, 2, 4]] == 7).all()
     # Gradients are not theirs.
     assert coding_inference.encode_heads_into(qkv, gains, groups, places, k, v) is None
 

@@ -15,10 +15,12 @@ from decmem.ops.selection import (
     _choose,
     _clear_choice,
     _pool,
+    _pool_into,
     _ranked_choice,
     _score,
     block_scores,
     pool_blocks,
+    pool_blocks_into,
     ranking_keys,
     select_blocks,
 )
@@ -262,6 +264,20 @@ def test_pooling_by_the_kernel(P: int, D: int, masked: bool, device: str) -> Non
     roomy = torch.full((*x.shape[:2], x.shape[2] + 2, *x.shape[3:]), float("nan")).to(x)
     roomy[:, :, 1:-1] = x
     assert torch.equal(_pool(roomy[:, :, 1:-1], valid), _pool(x, valid))
+    means = torch.full((2, 3, 4, D), 7.0, device=device)
+    blocks = torch.tensor([3, 0], device=device)
+    _pool_into(x, blocks, means, valid)
+    assert torch.equal(means[:, :, [0, 3]], _pool(x, valid)[:, :, [0, 3]])
+    assert (means[:, :, 1:3] == 7).all()
+
+
+def test_some_blocks_are_pooled_where_they_belong() -> None:
+    x, valid = torch.randn(2, 3, 6, 5, 4), torch.rand(2, 5) < 0.7
+    valid[:, 0] = True
+    means = torch.full((2, 3, 6, 4), 7.0)
+    pool_blocks_into(x, torch.tensor([5, 2]), means, valid)
+    torch.testing.assert_close(means[:, :, [2, 5]], pool_blocks(x, valid)[:, :, [2, 5]])
+    assert (means[:, :, [0, 1, 3, 4]] == 7).all()
 
 
 @pytest.mark.interpreter
@@ -271,6 +287,8 @@ def test_the_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.decmem.choose_blocks, (scores, candidates, 5), test_utils=tests)
     x, valid = torch.randn(2, 3, 4, 6, 8), torch.rand(2, 6) < 0.5
     torch.library.opcheck(torch.ops.decmem.pool_blocks, (x, valid), test_utils=tests)
+    listed = x, torch.tensor([2, 0]), torch.zeros(2, 3, 4, 8), valid
+    torch.library.opcheck(torch.ops.decmem.pool_blocks_into, listed, test_utils=tests)
 
 
 def test_the_kernels_are_for_a_gpu() -> None:
