@@ -35,7 +35,9 @@ class SparseGlobalMemory(nn.Module):
         self.per_head = per_head
         self.backend: Backend = backend
         self.counts: Tensor | None
+        self.slots: Tensor | None
         self.register_buffer("counts", layout.counts, persistent=False)
+        self.register_buffer("slots", slots_of(layout.counts, layout.P), persistent=False)
 
     def blocks(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H N P D"]:
         """Latents as the blocks they are stored in."""
@@ -43,7 +45,7 @@ class SparseGlobalMemory(nn.Module):
 
     def pool(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H N D"]:
         """Compress: the mean over a block's tokens."""
-        return pool_blocks(self.blocks(x), slots_of(self.counts, self.layout.P))
+        return pool_blocks(self.blocks(x), self.slots)
 
     def retrieve(
         self,

@@ -59,8 +59,10 @@ class SpatialAttention(nn.Module):
         turn = rotation(torch.cat((row, column), dim=-1))
         self.register_buffer("cos", turn.cos, persistent=False)
         self.register_buffer("sin", turn.sin, persistent=False)
+        self.register_buffer("back", -turn.sin, persistent=False)
         self.cos: Tensor
         self.sin: Tensor
+        self.back: Tensor
         self.counts: Tensor | None
         self.register_buffer("counts", layout.counts, persistent=False)
 
@@ -85,7 +87,7 @@ class SpatialAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by the kernel that norms and turns them."""
         groups = coding.Groups(0, self.head_dim, 0, 0)
-        back = coding.Places(space=Rotation(self.cos, -self.sin))  # keys are turned back
+        back = coding.Places(space=Rotation(self.cos, self.back))  # keys are turned back
         gains = _gains(self.q_norm, self.k_norm)
         coded = coding.encode_heads(qkv, gains, groups, back, values=False, heads_last=heads_last)
         return coded[:3]

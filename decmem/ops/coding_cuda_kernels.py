@@ -11,7 +11,7 @@ from torch import Tensor
 from decmem.ops.cuda_module import Kernel, compiled, compiler_found, defined, texts
 from decmem.ops.fp8 import LARGEST, LEAST
 
-_TOKENS, _THREADS = 4, 256
+_THREADS = 256
 _ROOM = 96 * 1024
 """Shared memory, in bytes, beyond which too few programs run side by side."""
 
@@ -27,18 +27,24 @@ def suits(x: Tensor, heads: int, groups: list[int], *others: Tensor | None) -> b
     return modern and x.element_size() == 2 and alike and whole and fits
 
 
+def _tokens(heads: int, D: int) -> int:
+    """Of a program: few, so that the last round of programs is short, but with work for all
+    threads."""
+    return 2 if heads * D >= 4 * _THREADS else 4
+
+
 def _shared_bytes(parts: int, heads: int, D: int) -> int:
     """Of `parts` rows of each head, rotations and matrices of each token, and norms."""
-    return _TOKENS * (parts * heads * D * 2 + D * 8 + 128 + 8 * heads)
+    return _tokens(heads, D) * (parts * heads * D * 2 + D * 8 + 128 + 8 * heads)
 
 
-def source(groups: list[int], *, half: bool, **kinds: bool) -> str:
+def source(groups: list[int], *, tokens: int, half: bool, **kinds: bool) -> str:
     """The kernels for heads whose channels lie in these groups; `kinds`: what else is defined in
     front of `coding_cuda.cu`, 0 where it is not named."""
     camera, space, surface, time = groups
     constants: dict[str, int | str] = {
         "D": sum(groups), "CAMERA": camera, "SPACE": space, "SURFACE": surface, "TIME": time,
-        "TOKENS": _TOKENS, "THREADS": _THREADS, "HALF": int(half),
+        "TOKENS": tokens, "THREADS": _THREADS, "HALF": int(half),
         "LARGEST": f"{LARGEST}f", "LEAST": f"{LEAST}f",
     }  # fmt: skip
     for kind in (
@@ -50,9 +56,11 @@ def source(groups: list[int], *, half: bool, **kinds: bool) -> str:
 
 
 @functools.cache
-def _kernel(name: str, device: torch.device, groups: tuple[int, ...], **kinds: bool) -> Kernel:
+def _kernel(
+    name: str, device: torch.device, groups: tuple[int, ...], tokens: int, **kinds: bool
+) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
-    code = compiled(source(list(groups), **kinds), f"sm_{major}{minor}")
+    code = compiled(source(list(groups), tokens=tokens, **kinds), f"sm_{major}{minor}")
     return Kernel(code, name, "shared_bytes", device)
 
 
@@ -70,14 +78,15 @@ def run_encode(
     B, T, S, channels = qkv.shape
     D = sum(groups)
     H, tokens = channels // (3 * D), B * T * S
+    each = _tokens(H, D)
     timed = tables[6] is not None
     kernel = _kernel(
-        "encode", qkv.device, tuple(groups), half=qkv.dtype == torch.float16,
+        "encode", qkv.device, tuple(groups), each, half=qkv.dtype == torch.float16,
         turned=tables[4] is not None, normed=gains is not None, timed=timed and not local,
         local=local, values=values, heads_last=heads_last, slotted=slots is not None,
     )  # fmt: skip
     kernel.launch(
-        -(-tokens // _TOKENS), _THREADS, _shared_bytes(3, H, D), qkv, gains, *tables, *out,
+        -(-tokens // each), _THREADS, _shared_bytes(3, H, D), qkv, gains, *tables, *out,
         slots, tokens, T, S, H, latents or T, eps, query_factor,
     )  # fmt: skip
 
@@ -91,14 +100,15 @@ def run_decode(
     """As the operator `decmem::decode_heads`, into `out`, for inputs that `suits` takes; in 8 bits
     with a `scale` for each row."""
     B, H, T, S, D = o.shape
+    each = _tokens(H, D)
     kernel = _kernel(
-        "decode", o.device, tuple(groups), half=o.dtype == torch.float16,
+        "decode", o.device, tuple(groups), each, half=o.dtype == torch.float16,
         turned=surface_cos is not None, gated=far is not None,
         per_head=gate is not None and gate.shape[-1] == H, rounded=scale is not None,
     )  # fmt: skip
     tokens, parts = B * T * S, 1 + (far is not None) + (scale is not None)
     kernel.launch(
-        -(-tokens // _TOKENS), _THREADS, _shared_bytes(parts, H, D),
+        -(-tokens // each), _THREADS, _shared_bytes(parts, H, D),
         o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out, scale,
         tokens, T, S, H,
     )  # fmt: skip

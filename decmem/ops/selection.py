@@ -178,7 +178,7 @@ def _run_pool(
     n = N if blocks is None else len(blocks)
     kinds = None if valid is None else valid.contiguous().view(torch.uint8)
     constants: dict[str, Any] = {
-        "P": P, "D": D, "WIDTH": 1 << (D - 1).bit_length(), "TOKENS": 32, "num_warps": 4,
+        "P": P, "D": D, "WIDTH": 1 << (D - 1).bit_length(), "TOKENS": 16, "num_warps": 2,
     }  # fmt: skip
     _pool_kernel[(B * H * n,)](
         x, blocks, kinds, out, n, N if valid is None else len(valid), room, out.shape[2],

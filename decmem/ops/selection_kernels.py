@@ -118,7 +118,8 @@ def _pool_kernel(
     d, token = tl.arange(0, WIDTH), tl.arange(0, TOKENS)
     total = tl.zeros((TOKENS, WIDTH), tl.float32)
     count = tl.zeros((TOKENS,), tl.int32)
-    for first in range(0, P, TOKENS):
+    # Written out, so that all is asked for before any of it is added.
+    for first in tl.static_range(0, P, TOKENS):
         here = first + token < P
         if MASKED:
             here &= tl.load(VALID + kind * P + first + token, mask=here, other=0) != 0
