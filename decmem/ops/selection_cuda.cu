@@ -3,7 +3,7 @@
 // from the highest down, 11, 11 and 10 at a time, until it is known from which integer on to take.
 
 typedef unsigned int u32;
-constexpr int THREADS = 256, WARPS = THREADS / 32, BINS = 2048, BINS_OF_THREAD = BINS / THREADS;
+constexpr int THREADS = 256, WARPS = THREADS / 32, BINS = 2048, BINS_OF_THREAD = BINS / THREADS, AHEAD = 8;
 // The bin of the `wanted`-th largest, how many lie above that bin and how many inside.
 struct Found { int bin, above, inside; };
 
@@ -64,15 +64,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
 
   // From one up; both zeros are one number. No candidate: zero.
   int there = 0;
-  for (int n = threadIdx.x; n < N; n += THREADS) {
-    u32 key = 0;
-    if (candidates[(long long)n * stride_k]) {
-      const int bits = __float_as_int(scores[n]);
-      key = (u32)(bits >= 0 ? bits : -(bits & 0x7fffffff)) ^ 0x80000000;
-      atomicAdd(shared.counts + (key >> 21), 1);
-      ++there;
+  for (int start = threadIdx.x; start < N; start += AHEAD * THREADS) {
+    // All are asked for before the first is counted.
+    float score[AHEAD];
+    bool candidate[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int n = start + i * THREADS;
+      score[i] = n < N ? scores[n] : 0.f;
+      candidate[i] = n < N && candidates[(long long)n * stride_k];
     }
-    keys[n] = key;
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int n = start + i * THREADS, bits = __float_as_int(score[i]);
+      u32 key = 0;
+      if (candidate[i]) {
+        key = (u32)(bits >= 0 ? bits : -(bits & 0x7fffffff)) ^ 0x80000000;
+        atomicAdd(shared.counts + (key >> 21), 1);
+        ++there;
+      }
+      if (n < N) keys[n] = key;
+    }
   }
   // Taken is what lies above `least`, and of what equals it the first `spare`.
   u32 least = 0;

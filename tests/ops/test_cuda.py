@@ -19,6 +19,7 @@ if find_spec("triton") is None or find_spec("cuda") is None:
 from decmem.ops import (
     coding_cuda_kernels,
     cuda_module,
+    selection_cuda_kernels,
     sparse_backward_kernels,
     sparse_cuda_backward_kernels,
     sparse_cuda_kernels,
@@ -87,9 +88,11 @@ def test_the_coding_of_heads_is_assembled(groups: list[int]) -> None:
 
 
 def test_the_choice_of_blocks_is_assembled() -> None:
-    code, remarks = cuda_module.compiled(cuda_module.texts("selection"), "sm_80")
-    assert code
-    assert re.findall(r"(\d+) bytes spill stores", remarks) == ["0"]
+    scores = [selection_cuda_kernels.score_source(D, rows) for D, rows in ((72, 24), (128, 64))]
+    for text in (cuda_module.texts("selection"), *scores):
+        code, remarks = cuda_module.compiled(text, "sm_80")
+        assert code
+        assert re.findall(r"(\d+) bytes spill stores", remarks) == ["0"]
 
 
 def test_a_wrong_source_is_told() -> None:

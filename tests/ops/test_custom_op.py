@@ -61,12 +61,15 @@ def test_window_operators_pass_opcheck(padded: bool) -> None:
         q, k, v = (torch.randn(1, 2, n, 6, 16, requires_grad=requires_grad) for n in (2, 3, 3))
         return q, k, v, tiles, words, launches.pack()
 
+    scale = 0.2
+
     forward, backward = torch.ops.decmem.window_forward, torch.ops.decmem.window_backward
-    torch.library.opcheck(forward, inputs(True))
+    torch.library.opcheck(forward, (*inputs(True), scale))
     arguments = inputs(False)
-    out, lse = forward(*arguments)
+    out, lse = forward(*arguments, scale)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(backward, (*arguments, out, lse, torch.ones_like(out)), test_utils=tests)
+    given = (*arguments, out, lse, torch.ones_like(out), scale)
+    torch.library.opcheck(backward, given, test_utils=tests)
 
 
 def test_words_hold_the_validity_of_what_follows() -> None:

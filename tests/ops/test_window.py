@@ -119,6 +119,17 @@ def test_the_short_cut_of_the_cpu(table: Tensor, valid: Tensor | None) -> None:
     torch.testing.assert_close(out, dense(q, k, v, table, valid), atol=1e-5, rtol=1e-5)
 
 
+@every_table
+@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_scores_may_have_another_scale(table: Tensor, backend: Backend, learning: bool) -> None:
+    q, k, v = inputs(table)
+    with torch.set_grad_enabled(learning):
+        out = window_attention(q, k, v, WindowTable(table), None, backend, scale=0.2)
+        expected = dense(q * 0.2 * q.shape[-1] ** 0.5, k, v, table, None)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.gpu
 @every_table
 @every_padding
@@ -252,6 +263,21 @@ class Case(NamedTuple):
 @every_padding
 def test_kernels_on_tables(table: Tensor, valid: Tensor | None, run: Run) -> None:
     Case.make(WindowTable(table), run, valid=valid).assert_as_exact_as_pytorch()
+
+
+@one_run
+def test_kernels_take_another_scale(run: Run) -> None:
+    case = Case.make(WindowTable(TABLES["sliding-chunks-of-2"]), run, valid=VALID)
+
+    def attend(factor: float, scale: float | None) -> list[Tensor]:
+        return case.results(
+            lambda q, k, v: window_attention(
+                q * factor, k, v, case.windows, case.valid, "triton", scale=scale
+            )
+        )
+
+    for got, wanted in zip(attend(1.0, 0.5), attend(2.0, None), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
 @one_run
