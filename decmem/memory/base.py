@@ -105,7 +105,10 @@ class Memory(nn.Module):
         if reading.bank is None and not self.position.global_time:
             local_time = self._window_time(reading, reading.key_time)
         room = None if reading.bank is None else reading.bank.place_of_own()
-        return encode(self.position, reading.position, reading.qkv, reading.gains, local_time, room)
+        packing = self.layout.packing_on(reading.qkv.device)
+        return encode(
+            self.position, reading.position, reading.qkv, reading.gains, local_time, room, packing
+        )
 
     def _pool(self, reading: Reading, coded: Coded) -> tuple[Tensor, Tensor]:
         """Keys and values that may be read, the pass's own among them."""
@@ -156,20 +159,22 @@ class Memory(nn.Module):
         reading: Reading,
         local: Float[Tensor, "B H T S D"],
         far: Float[Tensor, "B H T S D"] | None = None,
-        gate: Float[Tensor, "B T S gates"] | None = None,
-    ) -> Float[Tensor, "B T S width"]:
+        gate: Float[Tensor, "B T N gates"] | None = None,
+    ) -> Float[Tensor, "B T N width"]:
         """Both branches together, in the frame of the reading latents."""
-        return decode(self.position, reading.position, local, far, gate)
+        packing = self.layout.packing_on(local.device)
+        return decode(self.position, reading.position, local, far, gate, packing)
 
     def result(
         self,
         reading: Reading,
         local: Float[Tensor, "B H T S D"],
         far: Float[Tensor, "B H T S D"] | None = None,
-        gate: Float[Tensor, "B T S gates"] | None = None,
-    ) -> Float[Tensor, "B T S width"] | Fp8Rows:
+        gate: Float[Tensor, "B T N gates"] | None = None,
+    ) -> Float[Tensor, "B T N width"] | Fp8Rows:
         """`decode`, in 8 bits where these are asked for and one launch does both."""
         rows = None
         if reading.rounds:
-            rows = decode_rows(self.position, reading.position, local, far, gate)
+            packing = self.layout.packing_on(local.device)
+            rows = decode_rows(self.position, reading.position, local, far, gate, packing)
         return self.decode(reading, local, far, gate) if rows is None else rows

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from decmem.memory.packing import Packing, kept, spread
 from decmem.memory.position import (
     Position,
     PositionConfig,
@@ -64,12 +65,13 @@ def split_heads(
 def encode(
     config: PositionConfig,
     position: Position,
-    qkv: Float[Tensor, "B T S three_width"],
+    qkv: Float[Tensor, "B T N three_width"],
     gains: Float[Tensor, "2 H"] | None,
     local_time: Rotation | None = None,
     room: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    packing: Packing | None = None,
 ) -> Coded:
-    """Norms and codes the projections of a pass.
+    """Norms and codes the projections of a pass: of tokens side by side, into slots.
 
     With `config.global_time` queries and keys carry the time of `position`; without, and with a
     `local_time`, they come twice, bare and with that time. Keys and values may lie in the `room`
@@ -80,12 +82,16 @@ def encode(
         twice = time is not None and not config.global_time
         places = _places(position, time)
         if room is not None and not twice:
-            q = coding_inference.encode_heads_into(qkv, gains, _groups(config), places, *room)
+            source = None if packing is None else packing.spread
+            q = coding_inference.encode_heads_into(
+                qkv, gains, _groups(config), places, *room, source=source
+            )
             if q is not None:
                 return Coded(q, *room[:2], scale=coding_inference.EXPONENT_SCALE)
-        coded = coding.encode_heads(qkv, gains, _groups(config), places, local=twice)
+        given = spread(qkv, packing, 2)
+        coded = coding.encode_heads(given, gains, _groups(config), places, local=twice)
         return Coded(*coded) if twice else Coded(*coded[:3])
-    q, k, v = split_heads(qkv, gains, config.head_dim)
+    q, k, v = (spread(x, packing, 3) for x in split_heads(qkv, gains, config.head_dim))
     q, k = encode_query(config, position, q), encode_key(config, position, k)
     v = encode_key(config, position, v)
     if config.global_time:
@@ -102,16 +108,25 @@ def decode(
     position: Position,
     local: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None = None,
-    gate: Float[Tensor, "B T S gates"] | None = None,
-) -> Float[Tensor, "B T S width"]:
+    gate: Float[Tensor, "B T N gates"] | None = None,
+    packing: Packing | None = None,
+) -> Float[Tensor, "B T N width"]:
     """R_cs o_alm + sigmoid(gate) R_cs o_sgm (eq. 3 and 13): the gate sees both branches in the
-    frame of the present. Without `far` the local branch alone."""
+    frame of the present. Without `far` the local branch alone. Tokens come out side by side."""
     if coding.kernels_serve(local):
         places = _places(position, None)
-        return coding.decode_heads(local, far, gate, _groups(config), places)
-    out = decode_output(config, position, local)
+        if packing is not None:
+            out = coding_inference.decode_packed_heads(
+                local, far, gate, _groups(config), places, packing.kept
+            )
+            if out is not None:
+                return out
+            gate = None if gate is None else spread(gate, packing, 2)
+        return kept(coding.decode_heads(local, far, gate, _groups(config), places), packing, 2)
+    out = kept(decode_output(config, position, local), packing, 3)
     if far is not None and gate is not None:
-        out = out + opened(gate, local.shape[1]) * decode_output(config, position, far)
+        read = kept(decode_output(config, position, far), packing, 3)
+        out = out + opened(gate, local.shape[1]) * read
     return heads_last(out)
 
 
@@ -120,12 +135,14 @@ def decode_rows(
     position: Position,
     local: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None = None,
-    gate: Float[Tensor, "B T S gates"] | None = None,
+    gate: Float[Tensor, "B T N gates"] | None = None,
+    packing: Packing | None = None,
 ) -> Fp8Rows | None:
     """`decode`, rounded to 8 bits in the same launch; None where that is not to be had."""
     return coding_inference.decode_head_rows(
-        local, far, gate, _groups(config), _places(position, None)
-    )
+        local, far, gate, _groups(config), _places(position, None),
+        None if packing is None else packing.kept,
+    )  # fmt: skip
 
 
 def opened(gate: Float[Tensor, "B T S gates"], heads: int) -> Float[Tensor, "B H T S _"]:

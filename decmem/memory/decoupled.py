@@ -7,6 +7,7 @@ from decmem.memory.base import Memory, MemoryConfig, Reading
 from decmem.memory.coding import Coded, heads_first, opened
 from decmem.memory.layout import TokenLayout
 from decmem.memory.lens import Lens
+from decmem.memory.packing import spread
 from decmem.memory.position import PositionConfig
 from decmem.memory.sparse_global import SparseGlobalMemory
 from decmem.ops.fp8 import Fp8Rows
@@ -85,7 +86,10 @@ class DecoupledMemory(Memory):
         """Shows the lens all but the unsteered latents."""
         heads, D = o_alm.shape[1], self.position.head_dim
         steered = o_alm.shape[2] - reading.plan.unsteered
-        local, far = (heads_first(self.decode(reading, o), D) for o in (o_alm, o_sgm))
-        gated = opened(gate, heads) * far
+        packing = self.layout.packing_on(o_alm.device)
+        local, far = (
+            spread(heads_first(self.decode(reading, o), D), packing, 3) for o in (o_alm, o_sgm)
+        )
+        gated = spread(opened(gate, heads), packing, 3) * far
         lists = lists[:, :, : steered * self.layout.M]
         lens.watch(self.layout, lists, local[:, :, :steered], gated[:, :, :steered])

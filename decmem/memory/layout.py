@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from decmem.errors import UserError
+from decmem.memory.packing import Packing
 
 
 def _edges(length: int, parts: int) -> list[int]:
@@ -90,17 +91,36 @@ class TokenLayout:
         return torch.arange(self.P, device="cpu") < self.counts[:, None]
 
     @cached_property
+    def order(self) -> Int[Tensor, "tokens"]:
+        """Raster index of each token, block by block."""
+        return torch.tensor([i for members in self._members for i in members])
+
+    @cached_property
     def raster(self) -> Int[Tensor, "tokens"]:
-        """Slot of each token in raster order."""
-        slot = torch.empty(self.tokens, dtype=torch.long)
-        for block, members in enumerate(self._members):
-            slot[torch.tensor(members)] = block * self.P + torch.arange(len(members))
-        return slot
+        """Where each token lies block by block, in raster order."""
+        return self.order.argsort()
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """Between tokens block by block and slots; None where they are the same."""
+        if self.counts is None:
+            return None
+        return Packing(self.raster[self.slots], self._valid_slots)
+
+    @property
+    def _valid_slots(self) -> Int[Tensor, "tokens"]:
+        assert self.valid is not None
+        return self.valid.flatten().nonzero().flatten()
 
     @cached_property
     def coordinates(self) -> Int[Tensor, "S 2"]:
         """(row, column) of each slot on the token grid."""
         return torch.stack((self.slots // self.grid[1], self.slots % self.grid[1]), dim=-1)
+
+    @cached_property
+    def token_coordinates(self) -> Int[Tensor, "tokens 2"]:
+        """(row, column) of each token, block by block."""
+        return torch.stack((self.order // self.grid[1], self.order % self.grid[1]), dim=-1)
 
     @cached_property
     def _copies(self) -> dict[tuple[str, torch.device], Tensor]:
@@ -124,10 +144,24 @@ class TokenLayout:
         """`coordinates` on a device."""
         return self._placed("coordinates", self.coordinates, device)
 
-    def arrange(self, x: Float[Tensor, "*batch tokens C"]) -> Float[Tensor, "*batch S C"]:
-        """Raster order to block order."""
-        return x.index_select(-2, self._placed("slots", self.slots, x.device))
+    def token_coordinates_on(self, device: torch.device) -> Int[Tensor, "tokens 2"]:
+        """`token_coordinates` on a device."""
+        return self._placed("token_coordinates", self.token_coordinates, device)
 
-    def restore(self, x: Float[Tensor, "*batch S C"]) -> Float[Tensor, "*batch tokens C"]:
-        """Block order to raster order; padding is dropped."""
+    def packing_on(self, device: torch.device) -> Packing | None:
+        """`packing` on a device."""
+        packing = self.packing
+        if packing is None:
+            return None
+        return Packing(
+            self._placed("spread", packing.spread, device),
+            self._placed("kept", packing.kept, device),
+        )
+
+    def arrange(self, x: Float[Tensor, "*batch tokens C"]) -> Float[Tensor, "*batch tokens C"]:
+        """Raster order to block order."""
+        return x.index_select(-2, self._placed("order", self.order, x.device))
+
+    def restore(self, x: Float[Tensor, "*batch tokens C"]) -> Float[Tensor, "*batch tokens C"]:
+        """Block order to raster order."""
         return x.index_select(-2, self._placed("raster", self.raster, x.device))

@@ -9,11 +9,12 @@ from decmem.memory import MEMORIES, Memory, MemoryConfig, MemoryName, PositionCo
 from decmem.memory.bank import LayerBank
 from decmem.memory.base import Reading, Recall
 from decmem.memory.coding import split_heads
+from decmem.memory.packing import Packing, kept, spread
 from decmem.memory.plan import Plan
 from decmem.memory.position import Position, seeing
 from decmem.memory.surface import SurfaceDepth
 from decmem.model.linear import Projection, ScaledNorm
-from decmem.ops import coding
+from decmem.ops import coding, coding_inference
 from decmem.ops.fp8 import Fp8Rows, gelu_rows
 from decmem.ops.norm import (
     add_norm,
@@ -68,39 +69,52 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T S width"] | Fp8Rows) -> Float[Tensor, "B T S width"]:
         qkv = self.qkv(x)
+        packing = self.layout.packing_on(qkv.device)
         if coding.kernels_serve(qkv) and self._kernels_serve(qkv):
-            o = attention_inside(*self._coded(qkv, heads_last=False), self.counts)
-            return self.out(o.flatten(-2))
-        q, k, v = self._heads(qkv)
+            o = attention_inside(*self._coded(qkv, packing, heads_last=False), self.counts)
+            return self.out(kept(o.flatten(-2), packing, 2))
+        q, k, v = self._heads(qkv, packing)
         valid = self.layout.valid_on(qkv.device)
         mask = None if valid is None else valid.flatten()
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
-        return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, qkv.shape[:2]))
+        return self.out(kept(o.transpose(1, 2).flatten(-2), packing, 1).unflatten(0, qkv.shape[:2]))
 
     def _kernels_serve(self, qkv: Float[Tensor, "B T S three_width"]) -> bool:
         """Whether kernels made for attention across latents serve inside them too."""
-        queries = qkv[..., : qkv.shape[-1] // 3].unflatten(-1, (-1, self.head_dim))
-        return hopper_serves_inside(queries.movedim(3, 1), self.counts)
+        B, T, _, channels = qkv.shape
+        H, S = channels // (3 * self.head_dim), self.layout.S
+        queries = qkv.new_empty(B, H, T, S, self.head_dim)
+        learning = torch.is_grad_enabled() and qkv.requires_grad
+        return not learning and hopper_serves_inside(queries, self.counts)
 
     def _coded(
-        self, qkv: Float[Tensor, "B T S three_width"], heads_last: bool
+        self, qkv: Float[Tensor, "B T N three_width"], packing: Packing | None, heads_last: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values by the kernel that norms and turns them."""
+        """Queries, keys and values, in slots, by the kernel that norms and turns them."""
         groups = coding.Groups(0, self.head_dim, 0, 0)
         back = coding.Places(space=Rotation(self.cos, self.back))  # keys are turned back
         gains = _gains(self.q_norm, self.k_norm)
+        if packing is not None:
+            coded = coding_inference.encode_packed_heads(
+                qkv, gains, groups, back, packing.spread, values=False, heads_last=heads_last
+            )
+            if coded is not None:
+                return coded
+        qkv = spread(qkv, packing, 2)
         coded = coding.encode_heads(qkv, gains, groups, back, values=False, heads_last=heads_last)
         return coded[:3]
 
-    def _heads(self, qkv: Float[Tensor, "B T S three_width"]) -> list[Float[Tensor, "BT H S D"]]:
+    def _heads(
+        self, qkv: Float[Tensor, "B T N three_width"], packing: Packing | None
+    ) -> list[Float[Tensor, "BT H S D"]]:
         """Queries, keys and values, latents as a batch: fused attention takes four dimensions."""
         gains = _gains(self.q_norm, self.k_norm)
         turn = Rotation(self.cos, self.sin)
         if coding.kernels_serve(qkv):
             # Fused attention leaves its output laid out like the queries: heads last, no copy.
-            coded = self._coded(qkv, heads_last=True)
+            coded = self._coded(qkv, packing, heads_last=True)
             return [part.flatten(0, 1).transpose(1, 2) for part in coded]
-        q, k, v = split_heads(qkv, gains, self.head_dim)
+        q, k, v = (spread(x, packing, 3) for x in split_heads(qkv, gains, self.head_dim))
         q, k = (rotate_pairs(part, turn).to(qkv.dtype) for part in (q, k))
         return [part.movedim(1, 2).flatten(0, 1) for part in (q, k, v)]
 
@@ -167,7 +181,8 @@ class SpatiotemporalAttention(nn.Module):
         estimate = None
         if self.surface is not None:
             estimate = self.surface(x)
-            position = seeing(self.position, position, estimate)
+            packing = self.memory.layout.packing_on(estimate.device)
+            position = seeing(self.position, position, spread(estimate, packing, 2))
         gains = _gains(self.q_norm, self.k_norm)
         qkv, rounds = self.qkv(x if rows is None else rows), self.out.rounds
         reading = Reading(x, qkv, gains, position, plan, key_time, bank, recall, rounds)

@@ -103,11 +103,11 @@ class Context:
     """What stays the same over the denoising steps of a chunk.
 
     Attributes:
-        features: (B, T, S, width) added to the tokens. position: rotations of the latents.
+        features: (B, T, tokens, width) added to the tokens. position: rotations of the latents.
         key_time: index of every pool latent.
     """
 
-    features: Float[Tensor, "B T S width"]
+    features: Float[Tensor, "B T N width"]
     position: Position
     key_time: Tensor
 
@@ -125,7 +125,7 @@ class WorldModel(nn.Module):
         self.recompute = False
         self.layout = config.layout
         # Computed now: Dynamo cannot enter a cached property on Python 3.11.
-        _ = self.layout.valid
+        _ = self.layout.valid, self.layout.packing
         width = config.width
         self.patchify = Linear(config.latent_channels * config.patch**2, width)
         self.time = TimeEmbedding(config.time_width)
@@ -237,7 +237,8 @@ class WorldModel(nn.Module):
             anchor = bank.anchor
             key_time = torch.cat((bank.time.to(conditions.time.device), conditions.time))
         cameras = relative_to(conditions.cameras, anchor.to(conditions.cameras.device))
-        coordinates = self.layout.coordinates_on(conditions.actions.device)
+        device = conditions.actions.device
+        coordinates = self.layout.coordinates_on(device)
         position = make_position(
             self.config.position,
             cameras.float().repeat(1, streams, 1, 1),
@@ -251,9 +252,8 @@ class WorldModel(nn.Module):
             action = torch.where(steered[:, None, None], action, 0.0)
         features = action[:, :, None]
         if self.rays is not None:
-            rays = patch_rays(
-                conditions.world_to_camera, conditions.lens, coordinates, self.layout.grid
-            )
+            tokens = self.layout.token_coordinates_on(device)
+            rays = patch_rays(conditions.world_to_camera, conditions.lens, tokens, self.layout.grid)
             features = features + self.rays(rays)
         if self.place is not None:
             features = features + self.layout.arrange(self.place)
@@ -267,7 +267,7 @@ class WorldModel(nn.Module):
         plan: Plan,
         bank: Bank | None = None,
         recall: Recall | None = None,
-        depths: list[Float[Tensor, "B T S 2"]] | None = None,
+        depths: list[Float[Tensor, "B T tokens 2"]] | None = None,
     ) -> Float[Tensor, "B predicted C h w"]:
         """Velocity of the latents from `plan.predicted` on, fp32.
 
@@ -282,7 +282,8 @@ class WorldModel(nn.Module):
         x = self.layout.arrange(self.patchify(patches)) + context.features.to(dtype)
         time = self.time(t)
         scales = self._scales(time)
-        plan.prepare(self.layout.M, heads_first(x, self.config.position.head_dim))
+        in_slots = x[:, :, :1].expand(-1, -1, self.layout.S, -1)
+        plan.prepare(self.layout.M, heads_first(in_slots, self.config.position.head_dim))
         # A write pass predicts nothing: of the last layer its keys and values are enough.
         writes = bank is not None and plan.predicted == latents.shape[1]
         more: Tensor | None = None  # what is still to be added to the tokens

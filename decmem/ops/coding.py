@@ -205,7 +205,7 @@ def _decode(
     out, cuda = o.new_empty(B, T, S, H * D), coding_cuda_kernels
     if cuda is not None and cuda.suits(o, H, groups, far, gate):
         tables = matrix, space_cos, space_sin, surface_cos, surface_sin
-        cuda.run_decode(o, far, gate, *tables, groups, out)
+        cuda.run_decode(o, far, gate, tables, groups, out)
         return out
     from decmem.ops.coding_kernels import _decode_kernel
 

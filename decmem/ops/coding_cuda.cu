@@ -3,7 +3,8 @@
 // lie far apart on one side and side by side on the other.
 //
 // Defined in front of this text: D, CAMERA, SPACE, SURFACE, TIME (a head's channels), TURNED, TOKENS,
-// THREADS, HALF for float16; NORMED, TIMED, LOCAL, VALUES, HEADS_LAST and SLOTTED of the encoding; GATED,
+// THREADS, HALF for float16; NORMED, TIMED, LOCAL, VALUES, HEADS_LAST and SLOTTED of the encoding; PACKED, where slots
+// are more than tokens; GATED,
 // PER_HEAD and ROUNDED of the decoding.
 
 constexpr int CHUNKS = D / 8;
@@ -125,11 +126,13 @@ __device__ __forceinline__ long long place_of(
   return ((((long long)(bt / T) * H + h) * latents + latent) * S + n % S) * D;
 }
 
-// Rotations and matrices of a program's tokens, once for all heads.
-__device__ __forceinline__ void prepare(Turns* turns, int n0, int N, int T, int S, Tables tables) {
+// Rotations and matrices of a program's tokens, once for all heads; `place` gives the slot of one.
+template <class Place>
+__device__ __forceinline__ void prepare(Turns* turns, int n0, int N, int T, int S, Tables tables, Place place) {
   for (int x = threadIdx.x; x < TOKENS * D; x += THREADS) {
-    const int token = x / D, d = x % D, n = n0 + token;
-    if (n >= N) continue;
+    const int token = x / D, d = x % D;
+    if (n0 + token >= N) continue;
+    const int n = place(n0 + token);
     const float2 turn = turn_of(d, n, n % S, n / S % T, tables);
     turns[token].cos[d] = turn.x, turns[token].sin[d] = turn.y;
   }
@@ -140,13 +143,15 @@ __device__ __forceinline__ void prepare(float* to, int n0, int N, int S, const f
 }
 
 // Keys and values may have room for more latents a head, `latents` in all, and places there that SLOTTED
-// `slots` tell; everything else has T.
+// `slots` tell; everything else has T. Latents have S slots, N in all; PACKED: and `tokens` tokens in `qkv`, of
+// which `source` says the one for each slot.
 extern "C" __global__ void __launch_bounds__(THREADS) encode(
     const u16* __restrict__ qkv, const float* __restrict__ gains, const float* __restrict__ query_matrix,
     const float* __restrict__ key_matrix, const float* space_cos, const float* space_sin, const float* surface_cos,
     const float* surface_sin, const float* time_cos, const float* time_sin, u16* __restrict__ q, u16* __restrict__ k,
     u16* __restrict__ v, u16* __restrict__ local_q, u16* __restrict__ local_k,
-    const long long* __restrict__ slots, int N, int T, int S, int H, int latents, float eps, float query_factor) {
+    const long long* __restrict__ slots, const long long* __restrict__ source, int N, int T, int S, int tokens, int H,
+    int latents, float eps, float query_factor) {
   extern __shared__ __align__(16) char raw[];
   const int rows = TOKENS * H;
   u16* const own = (u16*)raw;  // token, then queries, keys or values, then head
@@ -156,9 +161,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
   float* const sizes = of_keys + TOKENS * 16;  // of queries and keys, in the same order
   const int n0 = blockIdx.x * TOKENS;
 
-  const int chunks = min(TOKENS, N - n0) * 3 * H * CHUNKS;
-  for (int x = threadIdx.x; x < chunks; x += THREADS) copy(own + 8 * x, qkv + (long long)n0 * 3 * H * D + 8 * x);
-  prepare(turns, n0, N, T, S, Tables{space_cos, space_sin, surface_cos, surface_sin, time_cos, time_sin});
+  const int each = 3 * H * CHUNKS, chunks = min(TOKENS, N - n0) * each;
+  for (int x = threadIdx.x; x < chunks; x += THREADS) {
+    const int n = n0 + x / each;
+    const long long row = PACKED ? (long long)(n / S) * tokens + source[n % S] : n;
+    copy(own + 8 * x, qkv + row * 3 * H * D + 8 * (x % each));
+  }
+  prepare(turns, n0, N, T, S, Tables{space_cos, space_sin, surface_cos, surface_sin, time_cos, time_sin}, [](int n) { return n; });
   if (CAMERA) prepare(of_queries, n0, N, S, query_matrix), prepare(of_keys, n0, N, S, key_matrix);
   copies_are_there();
   __syncthreads();
@@ -213,10 +222,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode(
   }
 }
 
+// The slot of token n, of all latents'.
+__device__ __forceinline__ int slot_of(int n, int S, int tokens, const long long* __restrict__ kept) {
+  return PACKED ? n / tokens * S + (int)kept[n % tokens] : n;
+}
+
+// Of N tokens; PACKED: `kept` says the slot of each of a latent's `tokens`, which are fewer than S.
 extern "C" __global__ void __launch_bounds__(THREADS) decode(
     const u16* __restrict__ local, const u16* __restrict__ far, const u16* __restrict__ gate, const float* __restrict__ matrix,
     const float* space_cos, const float* space_sin, const float* surface_cos, const float* surface_sin,
-    decoded_t* __restrict__ out, float* __restrict__ scale, int N, int T, int S, int H) {
+    decoded_t* __restrict__ out, float* __restrict__ scale, const long long* __restrict__ kept, int N, int T, int S,
+    int tokens, int H) {
   extern __shared__ __align__(16) char raw[];
   const int rows = TOKENS * H;
   u16* const own = (u16*)raw;
@@ -230,12 +246,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(
     const int h = x / (TOKENS * CHUNKS), token = x / CHUNKS % TOKENS, c = x % CHUNKS, n = n0 + token;
     if (n >= N) continue;
     const int to = (token * H + h) * D + 8 * c;
-    const long long from = place_of(n, h, T, S, H, T) + 8 * c;
+    const long long from = place_of(slot_of(n, S, tokens, kept), h, T, S, H, T) + 8 * c;
     copy(own + to, local + from);
     if (GATED) copy(other + to, far + from);
   }
-  prepare(turns, n0, N, T, S, Tables{space_cos, space_sin, surface_cos, surface_sin, nullptr, nullptr});
-  if (CAMERA) prepare(matrices, n0, N, S, matrix);
+  prepare(turns, n0, N, T, S, Tables{space_cos, space_sin, surface_cos, surface_sin, nullptr, nullptr},
+          [&](int n) { return slot_of(n, S, tokens, kept); });
+  if (CAMERA) prepare(matrices, n0, N, tokens, matrix);
   copies_are_there();
   __syncthreads();
 

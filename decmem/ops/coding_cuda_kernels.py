@@ -4,6 +4,7 @@ What it computes, and its other form in Triton, which has the gradients: `coding
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ def source(groups: list[int], *, tokens: int, half: bool, **kinds: bool) -> str:
         "LARGEST": f"{LARGEST}f", "LEAST": f"{LEAST}f",
     }  # fmt: skip
     for kind in (
-        "turned", "normed", "timed", "local", "values", "heads_last", "slotted", "gated",
-        "per_head", "rounded",
+        "turned", "normed", "timed", "local", "values", "heads_last", "slotted", "packed",
+        "gated", "per_head", "rounded",
     ):  # fmt: skip
         constants[kind.upper()] = int(kinds.get(kind, False))
     return defined(constants) + texts("numbers", "coding")
@@ -67,16 +68,18 @@ def _kernel(
 def run_encode(
     qkv: Tensor, gains: Tensor | None, tables: tuple[Tensor | None, ...], out: list[Tensor],
     groups: list[int], eps: float, *, local: bool, values: bool, heads_last: bool,
-    latents: int | None = None, slots: Tensor | None = None, query_factor: float = 1.0,
+    latents: int | None = None, slots: Tensor | None = None, source: Tensor | None = None,
+    query_factor: float = 1.0,
 ) -> None:  # fmt: skip
     """As the operator `decmem::encode_heads`, into `out`, for inputs that `suits` takes.
 
     `tables`: both matrices, then cosines and sines of space, surface and time. `latents`: for which
     `out` has room in each head's keys and values, None if for those of `qkv`; `slots`:
-    where these lie there, None if in front. `query_factor`: what queries are multiplied by.
+    where these lie there, None if in front. `source`: the token of each slot, None if there are as
+    many of both. `query_factor`: what queries are multiplied by.
     """
-    B, T, S, channels = qkv.shape
-    D = sum(groups)
+    B, T, N, channels = qkv.shape
+    D, S = sum(groups), N if source is None else len(source)
     H, tokens = channels // (3 * D), B * T * S
     each = _tokens(H, D)
     timed = tables[6] is not None
@@ -84,31 +87,33 @@ def run_encode(
         "encode", qkv.device, tuple(groups), each, half=qkv.dtype == torch.float16,
         turned=tables[4] is not None, normed=gains is not None, timed=timed and not local,
         local=local, values=values, heads_last=heads_last, slotted=slots is not None,
+        packed=source is not None,
     )  # fmt: skip
     kernel.launch(
         -(-tokens // each), _THREADS, _shared_bytes(3, H, D), qkv, gains, *tables, *out,
-        slots, tokens, T, S, H, latents or T, eps, query_factor,
+        slots, source, tokens, T, S, N, H, latents or T, eps, query_factor,
     )  # fmt: skip
 
 
 def run_decode(
-    o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
-    space_cos: Tensor | None, space_sin: Tensor | None,
-    surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
-    out: Tensor, scale: Tensor | None = None,
+    o: Tensor, far: Tensor | None, gate: Tensor | None, tables: Sequence[Tensor | None],
+    groups: list[int], out: Tensor, scale: Tensor | None = None, kept: Tensor | None = None,
 ) -> None:  # fmt: skip
     """As the operator `decmem::decode_heads`, into `out`, for inputs that `suits` takes; in 8 bits
-    with a `scale` for each row."""
+    with a `scale` for each row. `tables`: the matrix, then cosines and sines of space and surface.
+    `kept`: slots that hold tokens, None if all do."""
     B, H, T, S, D = o.shape
+    N = S if kept is None else len(kept)
     each = _tokens(H, D)
     kernel = _kernel(
         "decode", o.device, tuple(groups), each, half=o.dtype == torch.float16,
-        turned=surface_cos is not None, gated=far is not None,
+        turned=tables[3] is not None, gated=far is not None,
         per_head=gate is not None and gate.shape[-1] == H, rounded=scale is not None,
+        packed=kept is not None,
     )  # fmt: skip
-    tokens, parts = B * T * S, 1 + (far is not None) + (scale is not None)
+    tokens, parts = B * T * N, 1 + (far is not None) + (scale is not None)
     kernel.launch(
         -(-tokens // each), _THREADS, _shared_bytes(parts, H, D),
-        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out, scale,
-        tokens, T, S, H,
+        o, far, gate, *tables, out, scale,
+        kept, tokens, T, S, N, H,
     )  # fmt: skip

@@ -26,37 +26,37 @@ EXPONENT_SCALE = math.log(2)
 @torch.library.custom_op("decmem::encode_heads_into", mutates_args=("k", "v"))
 def _encode_into(
     qkv: Tensor, gains: Tensor | None, tables: list[Tensor | None], k: Tensor, v: Tensor,
-    slots: Tensor | None, groups: list[int],
+    slots: Tensor | None, source: Tensor | None, groups: list[int],
 ) -> Tensor:  # fmt: skip
     assert coding_cuda_kernels is not None
-    H, D = k.shape[1], sum(groups)
-    B, T, S, _ = qkv.shape
-    q, unused = qkv.new_empty(B, H, T, S, D), qkv.new_empty(0)
+    H, S, D = k.shape[1], k.shape[3], sum(groups)
+    q, unused = qkv.new_empty(*qkv.shape[:1], H, qkv.shape[1], S, D), qkv.new_empty(0)
     coding_cuda_kernels.run_encode(
         qkv, gains, tuple(tables), [q, k, v, unused, unused], groups, EPS,
         local=False, values=True, heads_last=False, latents=k.stride(1) // (S * D),
-        slots=slots, query_factor=D**-0.5 / EXPONENT_SCALE,
+        slots=slots, source=source, query_factor=D**-0.5 / EXPONENT_SCALE,
     )  # fmt: skip
     return q
 
 
 @_encode_into.register_fake
-def _(qkv, gains, tables, k, v, slots, groups):
-    B, T, S, _ = qkv.shape
-    return qkv.new_empty(B, k.shape[1], T, S, sum(groups))
+def _(qkv, gains, tables, k, v, slots, source, groups):
+    return qkv.new_empty(qkv.shape[0], k.shape[1], qkv.shape[1], k.shape[3], sum(groups))
 
 
 def encode_heads_into(
-    qkv: Float[Tensor, "B T S three_width"],
+    qkv: Float[Tensor, "B T N three_width"],
     gains: Float[Tensor, "2 H"] | None,
     groups: Groups,
     places: Places,
     k: Float[Tensor, "B H T S D"] | Float[Tensor, "B H room S D"],
     v: Float[Tensor, "B H T S D"] | Float[Tensor, "B H room S D"],
     slots: Int[Tensor, "T"] | None = None,
+    source: Int[Tensor, "S"] | None = None,
 ) -> Tensor | None:
     """As `encode_heads` without `local`, keys and values into `k` and `v`: some latents of larger
-    tensors, or all, and then the `slots` tell where these latents belong. Without gradients.
+    tensors, or all, and then the `slots` tell where these latents belong. `source`: the token of
+    each slot; None: there are as many of both. Without gradients.
 
     Queries come multiplied by D^-1/2 log2(e), before they are rounded, so that attention with the
     scale `EXPONENT_SCALE` need not multiply their scores.
@@ -72,45 +72,150 @@ def encode_heads_into(
     )
     if not (serves and alike and whole) or torch.is_grad_enabled():
         return None
-    tables = [
+    tables = _tables(places)
+    return _encode_into(
+        qkv.contiguous(), fp32_table(gains), tables, k, v, slots, source, list(groups)
+    )
+
+
+@torch.library.custom_op("decmem::encode_packed_heads", mutates_args=())
+def _encode_packed(
+    qkv: Tensor, gains: Tensor | None, tables: list[Tensor | None], source: Tensor,
+    groups: list[int], values: bool, heads_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    assert coding_cuda_kernels is not None
+    q, k, v = _encoded(qkv, source, groups, heads_last)
+    unused = qkv.new_empty(0)
+    coding_cuda_kernels.run_encode(
+        qkv, gains, tuple(tables), [q, k, v, unused, unused], groups, EPS,
+        local=False, values=values, heads_last=heads_last, source=source,
+    )  # fmt: skip
+    return q, k, v
+
+
+@_encode_packed.register_fake
+def _(qkv, gains, tables, source, groups, values, heads_last):
+    return _encoded(qkv, source, groups, heads_last)
+
+
+def _encoded(
+    qkv: Tensor, source: Tensor, groups: list[int], heads_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, _, channels), S, D = qkv.shape, len(source), sum(groups)
+    H = channels // (3 * D)
+    shape = (B, T, S, H, D) if heads_last else (B, H, T, S, D)
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+def encode_packed_heads(
+    qkv: Float[Tensor, "B T N three_width"],
+    gains: Float[Tensor, "2 H"] | None,
+    groups: Groups,
+    places: Places,
+    source: Int[Tensor, "S"],
+    *,
+    values: bool = True,
+    heads_last: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `encode_heads` without `local`, of tokens that lie side by side: `source` is the token of
+    each slot. Without gradients.
+
+    Returns:
+        Queries, keys and values; None where this is not to be had.
+    """
+    cuda, D = coding_cuda_kernels, sum(groups)
+    if cuda is None or not bare_kernels_serve(qkv):
+        return None
+    if not cuda.suits(qkv, qkv.shape[-1] // (3 * D), list(groups)):
+        return None
+    tables = _tables(places)
+    return _encode_packed(
+        qkv.contiguous(), fp32_table(gains), tables, source, list(groups), values, heads_last
+    )
+
+
+def _tables(places: Places) -> list[Tensor | None]:
+    return [
         fp32_table(places.query_matrix), fp32_table(places.key_matrix), *turn_tables(places.space),
         *turn_tables(places.surface), *turn_tables(places.time),
     ]  # fmt: skip
-    return _encode_into(qkv.contiguous(), fp32_table(gains), tables, k, v, slots, list(groups))
+
+
+@torch.library.custom_op("decmem::decode_packed_heads", mutates_args=())
+def _decode_packed(
+    o: Tensor, far: Tensor | None, gate: Tensor | None, tables: list[Tensor | None], kept: Tensor,
+    groups: list[int],
+) -> Tensor:  # fmt: skip
+    assert coding_cuda_kernels is not None
+    B, H, T, _, D = o.shape
+    out = o.new_empty(B, T, len(kept), H * D)
+    coding_cuda_kernels.run_decode(o, far, gate, tables, groups, out, kept=kept)
+    return out
+
+
+@_decode_packed.register_fake
+def _(o, far, gate, tables, kept, groups):
+    return o.new_empty(o.shape[0], o.shape[2], len(kept), o.shape[1] * o.shape[4])
+
+
+def decode_packed_heads(
+    o: Float[Tensor, "B H T S D"],
+    far: Float[Tensor, "B H T S D"] | None,
+    gate: Float[Tensor, "B T N gates"] | None,
+    groups: Groups,
+    places: Places,
+    kept: Int[Tensor, "N"],
+) -> Tensor | None:
+    """`decode_heads` of the slots that are `kept`. Without gradients.
+
+    Returns:
+        Tokens side by side; None where this is not to be had.
+    """
+    cuda, H = coding_cuda_kernels, o.shape[1]
+    if cuda is None or not bare_kernels_serve(o) or not cuda.suits(o, H, list(groups), far, gate):
+        return None
+    far, gate = (None if x is None else x.contiguous() for x in (far, gate))
+    tables = _decoding_tables(places)
+    return _decode_packed(o.contiguous(), far, gate, tables, kept, list(groups))
+
+
+def _decoding_tables(places: Places) -> list[Tensor | None]:
+    matrix = fp32_table(places.query_matrix)
+    return [matrix, *turn_tables(places.space), *turn_tables(places.surface)]
 
 
 @torch.library.custom_op("decmem::decode_head_rows", mutates_args=())
 def _decode_rows(
-    o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
-    space_cos: Tensor | None, space_sin: Tensor | None,
-    surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
+    o: Tensor, far: Tensor | None, gate: Tensor | None, tables: list[Tensor | None],
+    kept: Tensor | None, groups: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     assert coding_cuda_kernels is not None
-    tables = matrix, space_cos, space_sin, surface_cos, surface_sin
-    values, scale = _decoded_rows(o)
-    coding_cuda_kernels.run_decode(o, far, gate, *tables, groups, values, scale)
+    values, scale = _decoded_rows(o, kept)
+    coding_cuda_kernels.run_decode(o, far, gate, tables, groups, values, scale, kept=kept)
     return values, scale
 
 
 @_decode_rows.register_fake
-def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, groups):
-    return _decoded_rows(o)
+def _(o, far, gate, tables, kept, groups):
+    return _decoded_rows(o, kept)
 
 
-def _decoded_rows(o: Tensor) -> tuple[Tensor, Tensor]:
+def _decoded_rows(o: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     B, H, T, S, D = o.shape
-    scale = o.new_empty(B, T, S, 1, dtype=torch.float32)
-    return o.new_empty(B, T, S, H * D, dtype=FP8), scale
+    N = S if kept is None else len(kept)
+    scale = o.new_empty(B, T, N, 1, dtype=torch.float32)
+    return o.new_empty(B, T, N, H * D, dtype=FP8), scale
 
 
 def decode_head_rows(
     o: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None,
-    gate: Float[Tensor, "B T S gates"] | None,
+    gate: Float[Tensor, "B T N gates"] | None,
     groups: Groups,
     places: Places,
+    kept: Int[Tensor, "N"] | None = None,
 ) -> Fp8Rows | None:
-    """`decode_heads`, rounded to 8 bits. Without gradients.
+    """`decode_heads`, of the slots that are `kept`, rounded to 8 bits. Without gradients.
 
     Returns:
         The rows; None where this is not to be had.
@@ -120,9 +225,7 @@ def decode_head_rows(
         return None
     if torch.cuda.get_device_capability(o.device) < (8, 9):
         return None
-    values, scale = _decode_rows(
-        o.contiguous(), None if far is None else far.contiguous(),
-        None if gate is None else gate.contiguous(), fp32_table(places.query_matrix),
-        *turn_tables(places.space), *turn_tables(places.surface), list(groups),
-    )  # fmt: skip
+    far, gate = (None if x is None else x.contiguous() for x in (far, gate))
+    tables = _decoding_tables(places)
+    values, scale = _decode_rows(o.contiguous(), far, gate, tables, kept, list(groups))
     return Fp8Rows(values, scale, o.dtype)

@@ -61,7 +61,7 @@ def reading(walk: Callable[..., Tensor]) -> Callable[..., Reading]:
         recall: Recall = Recall(),
     ) -> Reading:
         generator = torch.Generator().manual_seed(3)
-        D, S = position.head_dim, layout.S
+        D, N = position.head_dim, layout.tokens
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
@@ -75,8 +75,8 @@ def reading(walk: Callable[..., Tensor]) -> Callable[..., Reading]:
             layout.coordinates,
             layout.grid,
         )
-        qkv = torch.cat([heads_last(normal(2, 2, latents, S, D)) for _ in "qkv"], dim=-1)
-        features = normal(2, latents, S, 2 * D)
+        qkv = torch.cat([heads_last(normal(2, 2, latents, N, D)) for _ in "qkv"], dim=-1)
+        features = normal(2, latents, N, 2 * D)
         return Reading(features, qkv, None, rotations, plan, time, bank, recall)
 
     return made

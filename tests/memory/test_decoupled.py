@@ -17,8 +17,10 @@ from decmem.memory import (
     Recall,
     TokenLayout,
     WindowMemory,
+    coding,
     training_plan,
 )
+from decmem.memory.packing import Packing, spread
 
 POSITION = PositionConfig(camera=8, space=8, time=4, space_base=100.0, time_base=100.0)
 TIMELESS = dataclasses.replace(POSITION, global_time=False)
@@ -43,10 +45,6 @@ def open_gate(memory: Memory, openness: float) -> Memory:
         memory.gate.weight.zero_()
         memory.gate.bias.fill_(openness)
     return memory
-
-
-def valid_slots(layout: TokenLayout, x: Tensor) -> Tensor:
-    return x if layout.valid is None else x[..., layout.valid.flatten(), :]
 
 
 @every_layout
@@ -81,9 +79,9 @@ def test_retrieving_everything_is_dense_attention(
         settings = config(ENDLESS, retrieved, per_head=per_head)
         memory = open_gate(DecoupledMemory(settings, POSITION, layout, WIDTH), 200.0)
         local = memory(dataclasses.replace(it, recall=Recall(global_memory=False)))
-        return valid_slots(layout, memory(it) - local)
+        return memory(it) - local
 
-    dense = valid_slots(layout, WindowMemory(config(ENDLESS), POSITION, layout, WIDTH)(it))
+    dense = WindowMemory(config(ENDLESS), POSITION, layout, WIDTH)(it)
     torch.testing.assert_close(global_branch(blocks), dense, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(global_branch(2 * blocks), dense, atol=1e-5, rtol=1e-5)
     assert (global_branch(2) - dense).abs().max() > 0.1
@@ -117,16 +115,23 @@ def test_a_reader_may_ask_for_another_k(reading: Callable[..., Reading]) -> None
 
 
 def test_what_lies_in_padding_changes_nothing(
-    reading: Callable[..., Reading], wake: Callable[..., Memory]
+    reading: Callable[..., Reading],
+    wake: Callable[..., Memory],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layout = RAGGED
     it = reading(POSITION, layout, training_plan(SHORT, 4, 2), T)
     memory = wake(DecoupledMemory(config(SHORT), POSITION, layout, WIDTH))
+    clean = memory(it)
     assert layout.valid is not None
     padding = ~layout.valid.flatten()[:, None]
-    garbage = {name: torch.where(padding, 50.0, getattr(it, name)) for name in ("qkv", "features")}
-    dirty = memory(dataclasses.replace(it, **garbage))
-    assert torch.equal(valid_slots(layout, dirty), valid_slots(layout, memory(it)))
+
+    def soiled(x: Tensor, packing: Packing, dim: int) -> Tensor:
+        assert dim == x.dim() - 2
+        return torch.where(padding, 50.0, spread(x, packing, dim))
+
+    monkeypatch.setattr(coding, "spread", soiled)
+    assert torch.equal(memory(it), clean)
 
 
 MEMORIES = [DecoupledMemory, WindowMemory]

@@ -5,6 +5,7 @@ import torch
 
 from decmem.errors import UserError
 from decmem.memory import TokenLayout
+from decmem.memory.packing import kept, spread
 
 PAPER = TokenLayout((22, 40), (2, 3))
 LAYOUTS = [
@@ -43,7 +44,13 @@ def test_blocks_are_rectangles_in_reading_order() -> None:
 def test_every_token_has_one_valid_slot(layout: TokenLayout) -> None:
     slots = layout.slots if layout.valid is None else layout.slots[layout.valid.flatten()]
     assert sorted(slots.tolist()) == list(range(layout.tokens))
-    assert layout.slots[layout.raster].tolist() == list(range(layout.tokens))
+    assert layout.order[layout.raster].tolist() == list(range(layout.tokens))
+    if layout.packing is None:
+        assert torch.equal(layout.slots, layout.order)
+        return
+    there, back = layout.packing
+    assert torch.equal(layout.slots[back], layout.order)
+    assert torch.equal(layout.order[there], layout.slots)
 
 
 @every_layout
@@ -60,16 +67,19 @@ def test_padding_repeats_a_token_of_its_own_block_and_is_dropped(layout: TokenLa
     slots = layout.slots.view(layout.M, layout.P)
     for block, valid in zip(slots, layout.valid, strict=True):
         assert set(block[~valid].tolist()) <= set(block[valid].tolist())
-    x = layout.arrange(torch.randn(layout.tokens, 2))
-    garbage = x.clone()
+    x, packing = torch.randn(layout.tokens, 2), layout.packing
+    garbage = spread(x, packing, 0)
+    assert torch.equal(garbage[layout.valid.flatten()], x)
     garbage[~layout.valid.flatten()] = float("nan")
-    assert torch.equal(layout.restore(garbage), layout.restore(x))
+    assert torch.equal(kept(garbage, packing, 0), x)
 
 
 @every_layout
 def test_coordinates_count_rows_then_columns(layout: TokenLayout) -> None:
     rows, columns = layout.coordinates.unbind(-1)
     assert torch.equal(rows * layout.grid[1] + columns, layout.slots)
+    rows, columns = layout.token_coordinates.unbind(-1)
+    assert torch.equal(rows * layout.grid[1] + columns, layout.order)
 
 
 @pytest.mark.parametrize("blocks", [(3, 1), (1, 6), (0, 1)])

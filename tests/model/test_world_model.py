@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from decmem.errors import UserError
-from decmem.memory import DecoupledMemory, Reach, Recall, training_plan
-from decmem.model import ModelConfig, WorldModel, initialise
+from decmem.memory import DecoupledMemory, Reach, Recall, coding, training_plan
+from decmem.memory.packing import Packing, spread
+from decmem.model import ModelConfig, WorldModel, block, initialise
 from decmem.model.block import Block
 
 LATENTS = 8
@@ -111,19 +112,20 @@ def test_both_memories_reading_everything_are_dense_attention(
     assert (velocity(sparse, data) - expected).abs().max() > 1e-2
 
 
-def test_padding_never_influences_the_output(small: ModelConfig, awake, clip) -> None:
+def test_padding_never_influences_the_output(
+    small: ModelConfig, awake, clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = dataclasses.replace(small, size=(48, 80))
     model, data = awake(config), clip(config, LATENTS)
     assert config.layout.valid is not None
     padding = ~config.layout.valid.flatten()[:, None]
     before = velocity(model, data)
 
-    def soil(module: Block, args: tuple) -> tuple:
-        x, *rest = args
-        return torch.where(padding, 30.0, x), *rest
+    def soiled(x: Tensor, packing: Packing, dim: int) -> Tensor:
+        return torch.where(padding, 30.0, spread(x, packing, dim))
 
-    for block in model.blocks:
-        block.register_forward_pre_hook(soil)
+    for module in (coding, block):
+        monkeypatch.setattr(module, "spread", soiled)
     assert torch.equal(velocity(model, data), before)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from decmem.memory import PositionConfig
 from decmem.memory import coding as definition
+from decmem.memory.packing import Packing
 from decmem.memory.position import Position, make_position, seeing
 from decmem.ops import selection
 from decmem.ops.coding import fp32_table, turn_tables
@@ -17,6 +18,9 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is for Linux and Wind
 from decmem.ops import coding_cuda_kernels, selection_cuda_kernels
 
 from .cuda_on_cpu import KernelOnCpu
+
+# Five slots of three tokens.
+PACKING = Packing(torch.tensor([0, 1, 0, 2, 2]), torch.tensor([0, 1, 3]))
 
 
 @pytest.fixture
@@ -87,19 +91,20 @@ def position_of(config: PositionConfig, B: int, T: int, S: int) -> Position:
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
-    ("H", "slotted", "config"),
+    ("H", "slotted", "packed", "config"),
     [
-        (15, True, PositionConfig(camera=24, space=24, time=24)),
-        (3, False, PositionConfig(camera=24, space=24, time=24)),
-        (3, True, PositionConfig(camera=24, space=16, surface=12, time=20)),
+        (15, True, True, PositionConfig(camera=24, space=24, time=24)),
+        (3, False, False, PositionConfig(camera=24, space=24, time=24)),
+        (3, True, True, PositionConfig(camera=24, space=16, surface=12, time=20)),
     ],
 )
-def test_encoding(H: int, slotted: bool, config: PositionConfig) -> None:
+def test_encoding(H: int, slotted: bool, packed: bool, config: PositionConfig) -> None:
     """15 heads of 72 are enough for programs of two tokens; 3 are not."""
     B, T, S, D, factor = 2, 3, 5, config.head_dim, 1.5
     position = position_of(config, B, T, S)
-    qkv, gains = torch.randn(B, T, S, 3 * H * D).bfloat16(), torch.rand(2, H) + 0.5
-
+    packing = PACKING if packed else None
+    N = 3 if packed else S
+    qkv, gains = torch.randn(B, T, N, 3 * H * D).bfloat16(), torch.rand(2, H) + 0.5
     k, v = (torch.full((B, H, 6, S, D), 7.0).bfloat16() for _ in "kv")
     slots = torch.tensor([4, 0, 3]) if slotted else None
     q, unused = torch.empty(B, H, T, S, D).bfloat16(), torch.empty(0)
@@ -112,8 +117,9 @@ def test_encoding(H: int, slotted: bool, config: PositionConfig) -> None:
     coding_cuda_kernels.run_encode(
         qkv, gains, tables, [q, k, v, unused, unused], groups, 1e-6, local=False, values=True,
         heads_last=False, latents=6, slots=slots, query_factor=factor,
+        source=None if packing is None else packing.spread,
     )  # fmt: skip
-    exact = definition.encode(config, position, qkv.float(), gains)
+    exact = definition.encode(config, position, qkv.float(), gains, packing=packing)
     where = torch.arange(T) if slots is None else slots
     for got, wanted in (
         (q, exact.q * factor), (k[:, :, where], exact.k), (v[:, :, where], exact.v),
@@ -125,17 +131,21 @@ def test_encoding(H: int, slotted: bool, config: PositionConfig) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("per_head", [True, False])
-def test_decoding(per_head: bool) -> None:
+def test_decoding(per_head: bool, packed: bool) -> None:
     config = PositionConfig(camera=24, space=24, time=24)
     B, H, T, S, D = 1, 3, 3, 5, config.head_dim
     position = position_of(config, B, T, S)
     o, far = (torch.randn(B, H, T, S, D).bfloat16() for _ in "of")
-    gate = torch.randn(B, T, S, H if per_head else H * D).bfloat16()
+    packing = PACKING if packed else None
+    N = 3 if packed else S
+    gate = torch.randn(B, T, N, H if per_head else H * D).bfloat16()
     told = definition._places(position, None)
-    out = torch.empty(B, T, S, H * D).bfloat16()
+    out = torch.empty(B, T, N, H * D).bfloat16()
     groups = [config.camera, config.space, config.surface, config.time]
     tables = fp32_table(told.query_matrix), *turn_tables(told.space), *turn_tables(told.surface)
-    coding_cuda_kernels.run_decode(o, far, gate, *tables, groups, out)
-    exact = definition.decode(config, position, o.float(), far.float(), gate.float())
+    kept = None if packing is None else packing.kept
+    coding_cuda_kernels.run_decode(o, far, gate, tables, groups, out, kept=kept)
+    exact = definition.decode(config, position, o.float(), far.float(), gate.float(), packing)
     torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2.0**-7)
