@@ -68,8 +68,8 @@ class Reading:
         rounds: what was read may come in 8 bits, for products of those.
     """
 
-    features: Float[Tensor, "B T S width"]
-    qkv: Float[Tensor, "B T S three_width"]
+    features: Float[Tensor, "B T tokens width"]
+    qkv: Float[Tensor, "B T tokens three_width"]
     gains: Float[Tensor, "2 H"] | None
     position: Position
     plan: Plan
@@ -91,7 +91,7 @@ class Memory(nn.Module):
         self.position = position
         self.layout = layout
 
-    def forward(self, reading: Reading) -> Float[Tensor, "B T S width"] | Fp8Rows:
+    def forward(self, reading: Reading) -> Float[Tensor, "B T tokens width"] | Fp8Rows:
         """What was read, in the frame of the reading latents (after R_cs, eq. 13)."""
         coded = self._code(reading)
         return self.read(reading, coded, *self._pool(reading, coded))
@@ -120,7 +120,7 @@ class Memory(nn.Module):
 
     def read(
         self, reading: Reading, coded: Coded, k: Tensor, v: Tensor
-    ) -> Float[Tensor, "B T S width"] | Fp8Rows:
+    ) -> Float[Tensor, "B T tokens width"] | Fp8Rows:
         """Attention of coded queries over the coded pool (B, H, pool, S, D), decoded."""
         raise NotImplementedError
 
@@ -159,8 +159,8 @@ class Memory(nn.Module):
         reading: Reading,
         local: Float[Tensor, "B H T S D"],
         far: Float[Tensor, "B H T S D"] | None = None,
-        gate: Float[Tensor, "B T N gates"] | None = None,
-    ) -> Float[Tensor, "B T N width"]:
+        gate: Float[Tensor, "B T tokens gates"] | None = None,
+    ) -> Float[Tensor, "B T tokens width"]:
         """Both branches together, in the frame of the reading latents."""
         packing = self.layout.packing_on(local.device)
         return decode(self.position, reading.position, local, far, gate, packing)
@@ -170,8 +170,8 @@ class Memory(nn.Module):
         reading: Reading,
         local: Float[Tensor, "B H T S D"],
         far: Float[Tensor, "B H T S D"] | None = None,
-        gate: Float[Tensor, "B T N gates"] | None = None,
-    ) -> Float[Tensor, "B T N width"] | Fp8Rows:
+        gate: Float[Tensor, "B T tokens gates"] | None = None,
+    ) -> Float[Tensor, "B T tokens width"] | Fp8Rows:
         """`decode`, in 8 bits where these are asked for and one launch does both."""
         rows = None
         if reading.rounds:

@@ -65,7 +65,7 @@ def split_heads(
 def encode(
     config: PositionConfig,
     position: Position,
-    qkv: Float[Tensor, "B T N three_width"],
+    qkv: Float[Tensor, "B T tokens three_width"],
     gains: Float[Tensor, "2 H"] | None,
     local_time: Rotation | None = None,
     room: tuple[Tensor, Tensor, Tensor | None] | None = None,
@@ -108,9 +108,9 @@ def decode(
     position: Position,
     local: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None = None,
-    gate: Float[Tensor, "B T N gates"] | None = None,
+    gate: Float[Tensor, "B T tokens gates"] | None = None,
     packing: Packing | None = None,
-) -> Float[Tensor, "B T N width"]:
+) -> Float[Tensor, "B T tokens width"]:
     """R_cs o_alm + sigmoid(gate) R_cs o_sgm (eq. 3 and 13): the gate sees both branches in the
     frame of the present. Without `far` the local branch alone. Tokens come out side by side."""
     if coding.kernels_serve(local):
@@ -135,7 +135,7 @@ def decode_rows(
     position: Position,
     local: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None = None,
-    gate: Float[Tensor, "B T N gates"] | None = None,
+    gate: Float[Tensor, "B T tokens gates"] | None = None,
     packing: Packing | None = None,
 ) -> Fp8Rows | None:
     """`decode`, rounded to 8 bits in the same launch; None where that is not to be had."""

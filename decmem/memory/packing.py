@@ -18,7 +18,7 @@ class Packing(NamedTuple):
     """
 
     spread: Int[Tensor, "S"]
-    kept: Int[Tensor, "N"]
+    kept: Int[Tensor, "tokens"]
 
 
 def spread(x: Tensor, packing: Packing | None, dim: int) -> Tensor:

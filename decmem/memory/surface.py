@@ -90,7 +90,7 @@ class SurfaceDepth(nn.Module):
         super().__init__()
         self.readout = nn.Linear(width, 2)
 
-    def forward(self, features: Float[Tensor, "B T S width"]) -> Float[Tensor, "B T S 2"]:
+    def forward(self, features: Float[Tensor, "B T tokens width"]) -> Float[Tensor, "B T tokens 2"]:
         """Mean of log depth (metres along the camera's axis) and log of its spread, fp32."""
         weight = self.readout.weight.to(features.dtype)
         estimate = nn.functional.linear(features, weight).float() + self.readout.bias

@@ -67,7 +67,9 @@ class SpatialAttention(nn.Module):
         self.counts: Tensor | None
         self.register_buffer("counts", layout.counts, persistent=False)
 
-    def forward(self, x: Float[Tensor, "B T S width"] | Fp8Rows) -> Float[Tensor, "B T S width"]:
+    def forward(
+        self, x: Float[Tensor, "B T tokens width"] | Fp8Rows
+    ) -> Float[Tensor, "B T tokens width"]:
         qkv = self.qkv(x)
         packing = self.layout.packing_on(qkv.device)
         if coding.kernels_serve(qkv) and self._kernels_serve(qkv):
@@ -79,7 +81,7 @@ class SpatialAttention(nn.Module):
         o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
         return self.out(kept(o.transpose(1, 2).flatten(-2), packing, 1).unflatten(0, qkv.shape[:2]))
 
-    def _kernels_serve(self, qkv: Float[Tensor, "B T S three_width"]) -> bool:
+    def _kernels_serve(self, qkv: Float[Tensor, "B T tokens three_width"]) -> bool:
         """Whether kernels made for attention across latents serve inside them too."""
         B, T, _, channels = qkv.shape
         H, S = channels // (3 * self.head_dim), self.layout.S
@@ -88,7 +90,10 @@ class SpatialAttention(nn.Module):
         return not learning and hopper_serves_inside(queries, self.counts)
 
     def _coded(
-        self, qkv: Float[Tensor, "B T N three_width"], packing: Packing | None, heads_last: bool
+        self,
+        qkv: Float[Tensor, "B T tokens three_width"],
+        packing: Packing | None,
+        heads_last: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, in slots, by the kernel that norms and turns them."""
         groups = coding.Groups(0, self.head_dim, 0, 0)
@@ -105,7 +110,7 @@ class SpatialAttention(nn.Module):
         return coded[:3]
 
     def _heads(
-        self, qkv: Float[Tensor, "B T N three_width"], packing: Packing | None
+        self, qkv: Float[Tensor, "B T tokens three_width"], packing: Packing | None
     ) -> list[Float[Tensor, "BT H S D"]]:
         """Queries, keys and values, latents as a batch: fused attention takes four dimensions."""
         gains = _gains(self.q_norm, self.k_norm)
@@ -144,21 +149,21 @@ class SpatiotemporalAttention(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B T S width"],
+        x: Float[Tensor, "B T tokens width"],
         position: Position,
         plan: Plan,
         key_time: Tensor,
         bank: LayerBank | None,
         recall: Recall,
         rows: Fp8Rows | None = None,
-    ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S 2"] | None]:
+    ) -> tuple[Float[Tensor, "B T tokens width"], Float[Tensor, "B T tokens 2"] | None]:
         """What was read; `rows` are `x` in 8 bits, where products are made of those."""
         reading, estimate = self._reading(x, position, plan, key_time, bank, recall, rows)
         return self.out(self.memory(reading)), estimate
 
     def remember(
         self,
-        x: Float[Tensor, "B T S width"],
+        x: Float[Tensor, "B T tokens width"],
         position: Position,
         plan: Plan,
         key_time: Tensor,
@@ -170,14 +175,14 @@ class SpatiotemporalAttention(nn.Module):
 
     def _reading(
         self,
-        x: Float[Tensor, "B T S width"],
+        x: Float[Tensor, "B T tokens width"],
         position: Position,
         plan: Plan,
         key_time: Tensor,
         bank: LayerBank | None,
         recall: Recall,
         rows: Fp8Rows | None = None,
-    ) -> tuple[Reading, Float[Tensor, "B T S 2"] | None]:
+    ) -> tuple[Reading, Float[Tensor, "B T tokens 2"] | None]:
         estimate = None
         if self.surface is not None:
             estimate = self.surface(x)
@@ -197,7 +202,9 @@ class FeedForward(nn.Module):
         self.up = Projection(width, multiple * width)
         self.down = Projection(multiple * width, width)
 
-    def forward(self, x: Float[Tensor, "B T S width"] | Fp8Rows) -> Float[Tensor, "B T S width"]:
+    def forward(
+        self, x: Float[Tensor, "B T tokens width"] | Fp8Rows
+    ) -> Float[Tensor, "B T tokens width"]:
         return self.down(gelu_rows(self.up(x)) if self.down.rounds else self.up.activated(x))
 
 
@@ -238,7 +245,7 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B T S width"],
+        x: Float[Tensor, "B T tokens width"],
         time: Float[Tensor, "B T time"],
         position: Position,
         plan: Plan,
@@ -246,11 +253,11 @@ class Block(nn.Module):
         bank: LayerBank | None,
         recall: Recall,
         scales: Float[Tensor, "3 B T width"] | None = None,
-        more: Float[Tensor, "B T S width"] | None = None,
+        more: Float[Tensor, "B T tokens width"] | None = None,
     ) -> tuple[
-        Float[Tensor, "B T S width"],
-        Float[Tensor, "B T S width"] | None,
-        Float[Tensor, "B T S 2"] | None,
+        Float[Tensor, "B T tokens width"],
+        Float[Tensor, "B T tokens width"] | None,
+        Float[Tensor, "B T tokens 2"] | None,
     ]:
         """The tokens one block on, what is still to be added to them, and the depths it saw them at
         where it has a surface group.
@@ -269,7 +276,7 @@ class Block(nn.Module):
 
     def remember(
         self,
-        x: Float[Tensor, "B T S width"],
+        x: Float[Tensor, "B T tokens width"],
         time: Float[Tensor, "B T time"],
         position: Position,
         plan: Plan,
@@ -277,7 +284,7 @@ class Block(nn.Module):
         bank: LayerBank,
         recall: Recall,
         scales: Float[Tensor, "3 B T width"] | None = None,
-        more: Float[Tensor, "B T S width"] | None = None,
+        more: Float[Tensor, "B T tokens width"] | None = None,
     ) -> None:
         """As `forward`, for a pass that only writes: the last block's tokens lead nowhere."""
         near, far, _ = self._scales(time) if scales is None else scales.unbind()
@@ -289,11 +296,13 @@ class Block(nn.Module):
 
     def _inside(
         self,
-        x: Float[Tensor, "B T S width"],
-        more: Float[Tensor, "B T S width"] | None,
+        x: Float[Tensor, "B T tokens width"],
+        more: Float[Tensor, "B T tokens width"] | None,
         near: Float[Tensor, "B T width"],
         far: Float[Tensor, "B T width"],
-    ) -> tuple[Float[Tensor, "B T S width"], Float[Tensor, "B T S width"], Fp8Rows | None]:
+    ) -> tuple[
+        Float[Tensor, "B T tokens width"], Float[Tensor, "B T tokens width"], Fp8Rows | None
+    ]:
         """The tokens after spatial attention, and what spatiotemporal attention reads of them; in
         8 bits too where it makes products of those."""
         rounds = self.spatial.qkv.rounds

@@ -107,7 +107,7 @@ class Context:
         key_time: index of every pool latent.
     """
 
-    features: Float[Tensor, "B T N width"]
+    features: Float[Tensor, "B T tokens width"]
     position: Position
     key_time: Tensor
 

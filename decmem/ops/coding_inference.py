@@ -45,7 +45,7 @@ def _(qkv, gains, tables, k, v, slots, source, groups):
 
 
 def encode_heads_into(
-    qkv: Float[Tensor, "B T N three_width"],
+    qkv: Float[Tensor, "B T tokens three_width"],
     gains: Float[Tensor, "2 H"] | None,
     groups: Groups,
     places: Places,
@@ -108,7 +108,7 @@ def _encoded(
 
 
 def encode_packed_heads(
-    qkv: Float[Tensor, "B T N three_width"],
+    qkv: Float[Tensor, "B T tokens three_width"],
     gains: Float[Tensor, "2 H"] | None,
     groups: Groups,
     places: Places,
@@ -161,10 +161,10 @@ def _(o, far, gate, tables, kept, groups):
 def decode_packed_heads(
     o: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None,
-    gate: Float[Tensor, "B T N gates"] | None,
+    gate: Float[Tensor, "B T tokens gates"] | None,
     groups: Groups,
     places: Places,
-    kept: Int[Tensor, "N"],
+    kept: Int[Tensor, "tokens"],
 ) -> Tensor | None:
     """`decode_heads` of the slots that are `kept`. Without gradients.
 
@@ -210,10 +210,10 @@ def _decoded_rows(o: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
 def decode_head_rows(
     o: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None,
-    gate: Float[Tensor, "B T N gates"] | None,
+    gate: Float[Tensor, "B T tokens gates"] | None,
     groups: Groups,
     places: Places,
-    kept: Int[Tensor, "N"] | None = None,
+    kept: Int[Tensor, "tokens"] | None = None,
 ) -> Fp8Rows | None:
     """`decode_heads`, of the slots that are `kept`, rounded to 8 bits. Without gradients.
 

@@ -56,6 +56,9 @@ template <class T> T __shfl_up_sync(unsigned, T x, int far) {
   const int lane = threadIdx.x % 32;
   return exchanged(x, [&](auto of) { return of(lane >= far ? lane - far : lane); });
 }
+template <class T> T __shfl_xor_sync(unsigned, T x, int far) {
+  return exchanged(x, [&](auto of) { return of(threadIdx.x % 32 ^ far); });
+}
 inline unsigned __ballot_sync(unsigned, bool x) {
   return exchanged(x, [](auto of) {
     unsigned votes = 0;
@@ -95,6 +98,18 @@ inline u16 narrow(float x) {
 inline u32 packed(float low, float high) { return narrow(low) | (u32)narrow(high) << 16; }
 inline float low_of(u32 x) { return wide((u16)x); }
 inline float high_of(u32 x) { return wide((u16)(x >> 16)); }
+
+// What `cvt.rn.satfinite.e4m3x2.f32` makes of a number.
+inline u32 eighth(float x) {
+  const float size = std::fabs(x);
+  int code = 0x7e;
+  if (size < 448) {
+    int exponent = max(std::ilogb(size), -6);
+    const int steps = (int)std::nearbyint(std::scalbn(size, 3 - exponent));  // of an eighth of the power of two
+    code = min(steps + (exponent + 6) * 8, 0x7e);
+  }
+  return code | (std::signbit(x) ? 0x80 : 0);
+}
 
 // Runs `kernel` in so many programs. Returns whether no thread wrote beyond the shared memory.
 template <class Kernel> bool launch(int programs, int threads, int bytes, Kernel kernel) {

@@ -27,6 +27,9 @@ def _translated(source: str, name: str) -> str:
     # Copies beside what the thread does are copies.
     source = re.sub(r'asm volatile\("cp\.async\.cg.*\n', "std::memcpy(to, from, 16);\n", source)
     source = re.sub(r'asm volatile\("cp\.async\.wait_all.*?\); \}', "}", source)
+    source = re.sub(
+        r'asm\("cvt\.rn\.satfinite\.e4m3x2.*\n', "y = eighth(low) | eighth(high) << 8;\n", source
+    )
     source = re.sub(r'extern "C" (__global__|__constant__)', "static", source)
     found = re.search(rf"static void \s*{name}\((.*?)\) \{{", source.replace(
         "__launch_bounds__(THREADS) ", ""), re.DOTALL)  # fmt: skip
@@ -47,7 +50,9 @@ class KernelOnCpu(Kernel):
     def __init__(self, source: str, name: str, folder: Path) -> None:  # nothing of a GPU's
         compiler = shutil.which("g++") or shutil.which("clang++")
         assert compiler is not None, "needs a C++ compiler, as torch.compile on a CPU does"
-        text, library = folder / f"{name}.cpp", folder / f"{name}.so"
+        # One that is loaded may not be written over.
+        name_of_file = f"{name}-{len(list(folder.iterdir()))}"
+        text, library = folder / f"{name_of_file}.cpp", folder / f"{name_of_file}.so"
         text.write_text(_translated(source, name))
         options = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
         subprocess.run([compiler, *options, "-o", library, text], check=True)

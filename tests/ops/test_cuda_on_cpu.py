@@ -8,10 +8,11 @@ from torch import Tensor
 
 from decmem.memory import PositionConfig
 from decmem.memory import coding as definition
-from decmem.memory.packing import Packing
+from decmem.memory.packing import Packing, spread
 from decmem.memory.position import Position, make_position, seeing
-from decmem.ops import selection
-from decmem.ops.coding import fp32_table, turn_tables
+from decmem.ops import coding, coding_inference, selection
+from decmem.ops.fp8 import fp8_rows
+from decmem.ops.rotary import Rotation, rotate_pairs, rotation
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is for Linux and Windows")
 
@@ -36,8 +37,11 @@ def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(selection_cuda_kernels, "_kernel", of_selection)
     monkeypatch.setattr(coding_cuda_kernels, "_kernel", of_coding)
-    for kept in (selection_cuda_kernels._choosing, selection_cuda_kernels._scoring):
-        kept.cache_clear()
+    for kernels in (selection_cuda_kernels._choosing, selection_cuda_kernels._scoring):
+        kernels.cache_clear()
+    monkeypatch.setattr(coding_cuda_kernels, "suits", lambda *asked: True)
+    monkeypatch.setattr(coding_inference, "bare_kernels_serve", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -100,25 +104,21 @@ def position_of(config: PositionConfig, B: int, T: int, S: int) -> Position:
 )
 def test_encoding(H: int, slotted: bool, packed: bool, config: PositionConfig) -> None:
     """15 heads of 72 are enough for programs of two tokens; 3 are not."""
-    B, T, S, D, factor = 2, 3, 5, config.head_dim, 1.5
+    B, T, S, D = 2, 3, 5, config.head_dim
     position = position_of(config, B, T, S)
     packing = PACKING if packed else None
     N = 3 if packed else S
     qkv, gains = torch.randn(B, T, N, 3 * H * D).bfloat16(), torch.rand(2, H) + 0.5
-    k, v = (torch.full((B, H, 6, S, D), 7.0).bfloat16() for _ in "kv")
+    rooms = [torch.full((B, H, 6, S, D), 7.0).bfloat16() for _ in "kv"]
     slots = torch.tensor([4, 0, 3]) if slotted else None
-    q, unused = torch.empty(B, H, T, S, D).bfloat16(), torch.empty(0)
+    k, v = rooms if slotted else (room[:, :, :T] for room in rooms)
     told = definition._places(position, position.time)
-    tables = (
-        fp32_table(told.query_matrix), fp32_table(told.key_matrix), *turn_tables(told.space),
-        *turn_tables(told.surface), *turn_tables(told.time),
-    )  # fmt: skip
-    groups = [config.camera, config.space, config.surface, config.time]
-    coding_cuda_kernels.run_encode(
-        qkv, gains, tables, [q, k, v, unused, unused], groups, 1e-6, local=False, values=True,
-        heads_last=False, latents=6, slots=slots, query_factor=factor,
-        source=None if packing is None else packing.spread,
-    )  # fmt: skip
+    groups = coding.Groups(config.camera, config.space, config.surface, config.time)
+    source = None if packing is None else packing.spread
+    with torch.no_grad():
+        q = coding_inference.encode_heads_into(qkv, gains, groups, told, k, v, slots, source)
+    assert q is not None
+    factor = D**-0.5 / coding_inference.EXPONENT_SCALE
     exact = definition.encode(config, position, qkv.float(), gains, packing=packing)
     where = torch.arange(T) if slots is None else slots
     for got, wanted in (
@@ -126,8 +126,7 @@ def test_encoding(H: int, slotted: bool, packed: bool, config: PositionConfig) -
     ):  # fmt: skip
         torch.testing.assert_close(got.float(), wanted, atol=1e-2, rtol=2.0**-7)
     others = [n for n in range(6) if n not in where.tolist()]
-    assert (k[:, :, others] == 7).all()
-    assert (v[:, :, others] == 7).all()
+    assert all((room[:, :, others] == 7).all() for room in rooms)
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -142,10 +141,39 @@ def test_decoding(per_head: bool, packed: bool) -> None:
     N = 3 if packed else S
     gate = torch.randn(B, T, N, H if per_head else H * D).bfloat16()
     told = definition._places(position, None)
-    out = torch.empty(B, T, N, H * D).bfloat16()
-    groups = [config.camera, config.space, config.surface, config.time]
-    tables = fp32_table(told.query_matrix), *turn_tables(told.space), *turn_tables(told.surface)
-    kept = None if packing is None else packing.kept
-    coding_cuda_kernels.run_decode(o, far, gate, tables, groups, out, kept=kept)
+    groups = coding.Groups(config.camera, config.space, config.surface, config.time)
+    kept = torch.arange(S) if packing is None else packing.kept
+    with torch.no_grad():
+        out = coding_inference.decode_packed_heads(o, far, gate, groups, told, kept)
+        rows = coding_inference.decode_head_rows(o, far, gate, groups, told, kept)
+    assert out is not None
+    assert rows is not None
+    rounded = fp8_rows(out)
+    torch.testing.assert_close(rows.scale, rounded.scale)
+    # They may differ where two numbers of 8 bits are equally near.
+    assert (rows.values.float() != rounded.values.float()).float().mean() < 0.01
     exact = definition.decode(config, position, o.float(), far.float(), gate.float(), packing)
     torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2.0**-7)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("heads_last", [True, False])
+def test_encoding_of_packed_tokens(heads_last: bool) -> None:
+    """As inside latents: turned in space alone, values left as they are."""
+    B, T, H, D, slots = 2, 3, 3, 24, len(PACKING.spread)
+    qkv, gains = torch.randn(B, T, 3, 3 * H * D).bfloat16(), torch.rand(2, H) + 0.5
+    turn = rotation(torch.randn(slots, D // 2))
+    groups, places = coding.Groups(0, D, 0, 0), coding.Places(space=turn)
+    with torch.no_grad():
+        coded = coding_inference.encode_packed_heads(
+            qkv, gains, groups, places, PACKING.spread, values=False, heads_last=heads_last
+        )
+    assert coded is not None
+    exact = definition.split_heads(qkv.float(), gains, D)
+    back = Rotation(turn.cos, -turn.sin)
+    for got, wanted, way in zip(coded, exact, (back, back, None), strict=True):
+        assert got.shape == ((B, T, slots, H, D) if heads_last else (B, H, T, slots, D))
+        wanted = spread(wanted, PACKING, 3)
+        wanted = wanted if way is None else rotate_pairs(wanted, way)
+        heads_first = got.movedim(3, 1) if heads_last else got
+        torch.testing.assert_close(heads_first.float(), wanted, atol=1e-2, rtol=2.0**-7)
