@@ -112,3 +112,27 @@ def waiting_forbidden() -> Callable[[], AbstractContextManager[None]]:
             torch.cuda.set_sync_debug_mode(before)
 
     return forbidden
+
+
+@pytest.fixture
+def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has windows read where they lie, as the kernels for Hopper GPUs do, on any device."""
+    from torch import Tensor
+
+    from decmem import engine
+    from decmem.ops import window
+    from decmem.ops.block_sparse import block_sparse_attention
+    from decmem.ops.window import WindowTable
+    from decmem.ops.window_blocks import tile_lists
+
+    def lists(q: Tensor, k: Tensor, windows: WindowTable, counts: Tensor) -> Tensor | None:
+        S = q.shape[3]
+        return tile_lists(windows.table, S, S, len(counts))
+
+    def attend(*arguments: object, **named: object) -> Tensor:
+        if named.get("backend") == "hopper":
+            named["backend"] = "gather"
+        return block_sparse_attention(*arguments, **named)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(engine, "hopper_lists", lists)
+    monkeypatch.setattr(window, "block_sparse_attention", attend)

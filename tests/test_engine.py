@@ -17,10 +17,6 @@ from decmem.memory import Bank, KeptLists, Lens, PositionConfig, bank_plan
 from decmem.memory.quantised import FP8
 from decmem.memory.sparse_global import SparseGlobalMemory
 from decmem.model import Conditions, WorldModel
-from decmem.ops import window
-from decmem.ops.block_sparse import block_sparse_attention
-from decmem.ops.window import WindowTable
-from decmem.ops.window_blocks import tile_lists
 from decmem.sampler import Sampler
 
 from .dreams import CONFIGS, PAPER, POCKET, RETRIEVALS, T, awake, dreamt, sampler_of, way
@@ -87,23 +83,6 @@ def test_the_engine_is_the_plain_pass(
     stored, expected = (one.layers[-1].read(slice(6, 12), torch.float32) for one in (bank, known))
     for mine, theirs in zip(stored, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
-
-
-@pytest.fixture
-def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has windows read where they lie, as the kernels for Hopper GPUs do, on any device."""
-
-    def lists(q: Tensor, k: Tensor, windows: WindowTable, counts: Tensor) -> Tensor | None:
-        S = q.shape[3]
-        return tile_lists(windows.table, S, S, len(counts))
-
-    def attend(*arguments: object, **named: object) -> Tensor:
-        if named.get("backend") == "hopper":
-            named["backend"] = "gather"
-        return block_sparse_attention(*arguments, **named)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(engine_module, "hopper_lists", lists)
-    monkeypatch.setattr(window, "block_sparse_attention", attend)
 
 
 @pytest.mark.usefixtures("windows_in_the_bank")

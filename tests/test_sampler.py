@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decmem.engine import Engine
 from decmem.errors import UserError
 from decmem.memory import Bank
 from decmem.memory.quantised import FP8
@@ -121,6 +122,26 @@ def test_company_changes_nothing(
         sampler.write_together(stable, clean)
         assert passes == [4 * T]
     assert list(stable.engines) == [4]
+    assert_alike(got, alone(sampler, chunks=2))
+
+
+@pytest.mark.usefixtures("windows_in_the_bank")
+@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("name", ["paper", "window"])
+def test_windows_of_company_may_be_read_in_the_bank(
+    name: str, guidance: float | None, model: Callable[[str], WorldModel]
+) -> None:
+    sampler = sampler_of(model(name), guidance=guidance, graphs="eager")
+    stable = sampler.new_stable(3 * (ROOM + model(name).config.chunk))
+    banks = stalled(sampler, stable)
+    for _ in range(2):
+        chunks = [chunk_behind(sampler, bank, i) for i, bank in enumerate(banks)]
+        got = sampler.generate_together(stable, chunks)
+        clean = [one._replace(latents=latents) for one, latents in zip(chunks, got, strict=True)]
+        sampler.write_together(stable, clean)
+    (engine,) = stable.engines.values()
+    assert isinstance(engine, Engine)
+    assert engine.desk.lists is not None
     assert_alike(got, alone(sampler, chunks=2))
 
 
