@@ -184,10 +184,11 @@ class Engine:
         self.seen.copy_((ends + torch.arange(-self.near, 0)).flatten())
         self.slots.copy_((ends + torch.arange(self.T)).flatten())
         self.blocks.copy_((ends * M + torch.arange(self.T * M)).flatten())
-        if self.windows is not None and self.desk.lists is not None:
+        if self.windows is not None:
             layout = rows[0].bank.layout
             blocks = layout.S // block_size(layout.S, layout.counts)
             reached = torch.cat((self.seen, self.slots))
+            assert self.desk.lists is not None
             self.desk.lists.copy_(placed_lists(self.windows, reached, blocks))
         given = _joined(rows, self.near)
         for place, part in zip(_tensors(self.context), _tensors(given), strict=True):

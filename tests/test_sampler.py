@@ -81,6 +81,23 @@ def alone(sampler: Sampler, lengths: tuple[int, ...] = LENGTHS, chunks: int = 1)
     return made
 
 
+def two_together(
+    sampler: Sampler, passes: list[int] | None = None
+) -> tuple[Stable, list[Tensor], list[list[int]]]:
+    """Two chunks of every world, generated and written together: the stable, the second chunks, and
+    of `passes` those of each writing."""
+    stable = sampler.new_stable(3 * (ROOM + sampler.model.config.chunk))
+    banks, passes, writing = stalled(sampler, stable), [] if passes is None else passes, []
+    for _ in range(2):
+        chunks = [chunk_behind(sampler, bank, i) for i, bank in enumerate(banks)]
+        got = sampler.generate_together(stable, chunks)
+        clean = [one._replace(latents=latents) for one, latents in zip(chunks, got, strict=True)]
+        passes.clear()
+        sampler.write_together(stable, clean)
+        writing.append(list(passes))
+    return stable, got, writing
+
+
 def assert_alike(got: list[Tensor], expected: list[Tensor]) -> None:
     for mine, theirs in zip(got, expected, strict=True):
         assert theirs.std() > 0.1
@@ -112,15 +129,8 @@ def test_company_changes_nothing(
     passes: list[int],
 ) -> None:
     sampler = sampler_of(model(name), guidance=guidance, graphs="eager", **options)
-    stable = sampler.new_stable(3 * (ROOM + model(name).config.chunk))
-    banks = stalled(sampler, stable)
-    for _ in range(2):
-        chunks = [chunk_behind(sampler, bank, i) for i, bank in enumerate(banks)]
-        got = sampler.generate_together(stable, chunks)
-        clean = [one._replace(latents=latents) for one, latents in zip(chunks, got, strict=True)]
-        passes.clear()
-        sampler.write_together(stable, clean)
-        assert passes == [4 * T]
+    stable, got, writing = two_together(sampler, passes)
+    assert writing == [[4 * T]] * 2
     assert list(stable.engines) == [4]
     assert_alike(got, alone(sampler, chunks=2))
 
@@ -132,13 +142,7 @@ def test_windows_of_company_may_be_read_in_the_bank(
     name: str, guidance: float | None, model: Callable[[str], WorldModel]
 ) -> None:
     sampler = sampler_of(model(name), guidance=guidance, graphs="eager")
-    stable = sampler.new_stable(3 * (ROOM + model(name).config.chunk))
-    banks = stalled(sampler, stable)
-    for _ in range(2):
-        chunks = [chunk_behind(sampler, bank, i) for i, bank in enumerate(banks)]
-        got = sampler.generate_together(stable, chunks)
-        clean = [one._replace(latents=latents) for one, latents in zip(chunks, got, strict=True)]
-        sampler.write_together(stable, clean)
+    stable, got, _ = two_together(sampler)
     (engine,) = stable.engines.values()
     assert isinstance(engine, Engine)
     assert engine.desk.lists is not None

@@ -103,14 +103,9 @@ class TokenLayout:
     @cached_property
     def packing(self) -> Packing | None:
         """Between tokens block by block and slots; None where they are the same."""
-        if self.counts is None:
+        if self.valid is None:
             return None
-        return Packing(self.raster[self.slots], self._valid_slots)
-
-    @property
-    def _valid_slots(self) -> Int[Tensor, "tokens"]:
-        assert self.valid is not None
-        return self.valid.flatten().nonzero().flatten()
+        return Packing(self.raster[self.slots], self.valid.flatten().nonzero().flatten())
 
     @cached_property
     def coordinates(self) -> Int[Tensor, "S 2"]:

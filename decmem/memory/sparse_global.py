@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from decmem.memory.layout import TokenLayout
 from decmem.ops.block_sparse import Backend, block_sparse_attention
-from decmem.ops.reference import slots_of
 from decmem.ops.selection import pool_blocks, select_blocks
 
 
@@ -35,9 +34,7 @@ class SparseGlobalMemory(nn.Module):
         self.per_head = per_head
         self.backend: Backend = backend
         self.counts: Tensor | None
-        self.slots: Tensor | None
         self.register_buffer("counts", layout.counts, persistent=False)
-        self.register_buffer("slots", slots_of(layout.counts, layout.P), persistent=False)
 
     def blocks(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H N P D"]:
         """Latents as the blocks they are stored in."""
@@ -45,7 +42,7 @@ class SparseGlobalMemory(nn.Module):
 
     def pool(self, x: Float[Tensor, "B H T S D"]) -> Float[Tensor, "B H N D"]:
         """Compress: the mean over a block's tokens."""
-        return pool_blocks(self.blocks(x), self.slots)
+        return pool_blocks(self.blocks(x), self.layout.valid_on(x.device))
 
     def retrieve(
         self,

@@ -278,6 +278,20 @@ def turn_tables(rotation: Rotation | None) -> tuple[Tensor | None, Tensor | None
     )
 
 
+def encoding_tables(places: Places) -> list[Tensor | None]:
+    """Both matrices, then cosines and sines of space, surface and time, as kernels take them."""
+    return [
+        fp32_table(places.query_matrix), fp32_table(places.key_matrix), *turn_tables(places.space),
+        *turn_tables(places.surface), *turn_tables(places.time),
+    ]  # fmt: skip
+
+
+def decoding_tables(places: Places) -> list[Tensor | None]:
+    """The matrix, then cosines and sines of space and surface."""
+    matrix = fp32_table(places.query_matrix)
+    return [matrix, *turn_tables(places.space), *turn_tables(places.surface)]
+
+
 def encode_heads(
     qkv: Float[Tensor, "B T S three_width"],
     gains: Float[Tensor, "2 H"] | None,
@@ -300,10 +314,8 @@ def encode_heads(
         q, k, v, and where asked for q and k with time; (B, H, T, S, D) each.
     """
     return _encode(
-        qkv.contiguous(), fp32_table(gains),
-        fp32_table(places.query_matrix), fp32_table(places.key_matrix),
-        *turn_tables(places.space), *turn_tables(places.surface), *turn_tables(places.time),
-        list(groups), local, values, heads_last,
+        qkv.contiguous(), fp32_table(gains), *encoding_tables(places), list(groups), local, values,
+        heads_last,
     )  # fmt: skip
 
 
@@ -320,6 +332,5 @@ def decode_heads(
     """
     return _decode(
         o.contiguous(), None if far is None else far.contiguous(),
-        None if gate is None else gate.contiguous(), fp32_table(places.query_matrix),
-        *turn_tables(places.space), *turn_tables(places.surface), list(groups),
+        None if gate is None else gate.contiguous(), *decoding_tables(places), list(groups),
     )  # fmt: skip

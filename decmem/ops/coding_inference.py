@@ -9,7 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from decmem.ops.coding import EPS, Groups, Places, fp32_table, turn_tables
+from decmem.ops.coding import (
+    EPS,
+    Groups,
+    Places,
+    decoding_tables,
+    encoding_tables,
+    fp32_table,
+)
 from decmem.ops.fp8 import FP8, Fp8Rows
 from decmem.ops.untraced import bare_kernels_serve
 
@@ -72,10 +79,8 @@ def encode_heads_into(
     )
     if not (serves and alike and whole) or torch.is_grad_enabled():
         return None
-    tables = _tables(places)
-    return _encode_into(
-        qkv.contiguous(), fp32_table(gains), tables, k, v, slots, source, list(groups)
-    )
+    tables, wide = encoding_tables(places), fp32_table(gains)
+    return _encode_into(qkv.contiguous(), wide, tables, k, v, slots, source, list(groups))
 
 
 @torch.library.custom_op("decmem::encode_packed_heads", mutates_args=())
@@ -128,17 +133,10 @@ def encode_packed_heads(
         return None
     if not cuda.suits(qkv, qkv.shape[-1] // (3 * D), list(groups)):
         return None
-    tables = _tables(places)
+    tables = encoding_tables(places)
     return _encode_packed(
         qkv.contiguous(), fp32_table(gains), tables, source, list(groups), values, heads_last
     )
-
-
-def _tables(places: Places) -> list[Tensor | None]:
-    return [
-        fp32_table(places.query_matrix), fp32_table(places.key_matrix), *turn_tables(places.space),
-        *turn_tables(places.surface), *turn_tables(places.time),
-    ]  # fmt: skip
 
 
 @torch.library.custom_op("decmem::decode_packed_heads", mutates_args=())
@@ -171,17 +169,18 @@ def decode_packed_heads(
     Returns:
         Tokens side by side; None where this is not to be had.
     """
-    cuda, H = coding_cuda_kernels, o.shape[1]
-    if cuda is None or not bare_kernels_serve(o) or not cuda.suits(o, H, list(groups), far, gate):
+    if not _decodes(o, far, gate, groups):
         return None
     far, gate = (None if x is None else x.contiguous() for x in (far, gate))
-    tables = _decoding_tables(places)
+    tables = decoding_tables(places)
     return _decode_packed(o.contiguous(), far, gate, tables, kept, list(groups))
 
 
-def _decoding_tables(places: Places) -> list[Tensor | None]:
-    matrix = fp32_table(places.query_matrix)
-    return [matrix, *turn_tables(places.space), *turn_tables(places.surface)]
+def _decodes(o: Tensor, far: Tensor | None, gate: Tensor | None, groups: Groups) -> bool:
+    cuda = coding_cuda_kernels
+    if cuda is None or not bare_kernels_serve(o):
+        return False
+    return cuda.suits(o, o.shape[1], list(groups), far, gate)
 
 
 @torch.library.custom_op("decmem::decode_head_rows", mutates_args=())
@@ -220,12 +219,11 @@ def decode_head_rows(
     Returns:
         The rows; None where this is not to be had.
     """
-    cuda, H = coding_cuda_kernels, o.shape[1]
-    if cuda is None or not bare_kernels_serve(o) or not cuda.suits(o, H, list(groups), far, gate):
+    if not _decodes(o, far, gate, groups):
         return None
     if torch.cuda.get_device_capability(o.device) < (8, 9):
         return None
     far, gate = (None if x is None else x.contiguous() for x in (far, gate))
-    tables = _decoding_tables(places)
+    tables = decoding_tables(places)
     values, scale = _decode_rows(o.contiguous(), far, gate, tables, kept, list(groups))
     return Fp8Rows(values, scale, o.dtype)
