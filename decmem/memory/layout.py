@@ -105,7 +105,9 @@ class TokenLayout:
         """Between tokens block by block and slots; None where they are the same."""
         if self.valid is None:
             return None
-        return Packing(self.raster[self.slots], self.valid.flatten().nonzero().flatten())
+        spread, valid = self.raster[self.slots], self.valid.flatten()
+        places = torch.where(valid, spread, -1).to(torch.int32)
+        return Packing(spread, valid.nonzero().flatten(), places)
 
     @cached_property
     def coordinates(self) -> Int[Tensor, "S 2"]:
@@ -151,6 +153,7 @@ class TokenLayout:
         return Packing(
             self._placed("spread", packing.spread, device),
             self._placed("kept", packing.kept, device),
+            self._placed("places", packing.places, device),
         )
 
     def arrange(self, x: Float[Tensor, "*batch tokens C"]) -> Float[Tensor, "*batch tokens C"]:

@@ -73,8 +73,10 @@ class SpatialAttention(nn.Module):
         qkv = self.qkv(x)
         packing = self.layout.packing_on(qkv.device)
         if coding.kernels_serve(qkv) and self._kernels_serve(qkv):
-            o = attention_inside(*self._coded(qkv, packing, heads_last=False), self.counts)
-            return self.out(kept(o.flatten(-2), packing, 2))
+            coded = self._coded(qkv, packing, heads_last=False)
+            places = None if packing is None else packing.places
+            o = attention_inside(*coded, self.counts, places, qkv.shape[2])
+            return self.out(o.flatten(-2))
         q, k, v = self._heads(qkv, packing)
         valid = self.layout.valid_on(qkv.device)
         mask = None if valid is None else valid.flatten()

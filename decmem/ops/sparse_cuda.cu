@@ -11,6 +11,7 @@
 //
 // While a group computes weights, the tensor cores multiply its last ones with their values, and then
 // what the other groups have started. HELD: queries lie in registers, not in shared memory.
+// HEADS_LAST: of results.
 // STEADY: after the first steps a row keeps its shift instead of the running maximum. A softmax is
 // the same under any shift; numbers of fp32's and bfloat16's range bear scores 2^100 times those of the
 // first steps. Where that is not enough the groups go over the list again with the running maximum.
@@ -41,8 +42,24 @@ __device__ __forceinline__ float over_quad(float x) {  // the maximum over a row
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Where a program's results lie: from `first` on, `step` numbers from row to row.
-struct Place { long long first; int step; };
+// Where results lie, -1 for rows that are nowhere. Heads come first, as queries have them, or with HEADS_LAST
+// as projections want them: there a latent's `slots` give `tokens` lines, slot by slot or where `places` has
+// the tokens that they hold, -1 for none.
+struct Place {
+  const int* places;
+  int slots, tokens, b, h, H, NQ, i;
+
+  __device__ __forceinline__ long long of(int row) const {
+    if (!HEADS_LAST) return (((long long)(b * H + h) * NQ + i) * PQ + row) * D;
+    int line = i * PQ + row;
+    if (places) {
+      const int token = places[line % slots];
+      if (token < 0) return -1;
+      line = line / slots * tokens + token;
+    }
+    return (((long long)b * (NQ * PQ / slots * tokens) + line) * H + h) * D;
+  }
+};
 
 // What one warp group does: 64 rows of queries against all spans of the list. With HALF_ROWS only the
 // upper eight rows of each warp's sixteen exist.
@@ -250,6 +267,7 @@ template <bool HALF_ROWS> struct Group {
       const bool some = sum > 0;
       if (lane % 4 == 0) lse[line + shift + row] = some ? top + log2_of(sum) : PARTIAL ? NOTHING : 0.f;
       const float factor = some ? 1 / sum : 1;
+      const long long to = place.of(row);
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
         const int column = 8 * i + 2 * (lane % 4);
@@ -264,7 +282,7 @@ template <bool HALF_ROWS> struct Group {
 #if PARTIAL
         *(float2*)(out + shift * D + at) = make_float2(x, y);
 #else
-        *(u32*)(out + place.first + (long long)row * place.step + column) = packed(x, y);
+        if (to >= 0) *(u32*)(out + to + column) = packed(x, y);
 #endif
       }
     }
@@ -278,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
     const __grid_constant__ Maps values, const int* __restrict__ lists, const int* __restrict__ valid,
     out_t* __restrict__ out, float* __restrict__ lse, const alm_t* __restrict__ alm, const gate_t* __restrict__ gate,
     int B, int H, int G, int NQ, int slots, int lists_world, int k_world, int k_head, int v_world, int v_head,
-    int period, int split, int heads_last, float scale) {
+    int period, int split, const int* __restrict__ places, int latent_slots, int latent_tokens, float scale) {
   extern __shared__ char raw[];
   const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
   // Told by one thread, so that the compiler knows that the warp agrees.
@@ -298,8 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
   const int first = part * filled / split, last = (part + 1) * filled / split;
   const long long line = ((long long)(b * H + h) * NQ + i) * PQ, shift = PARTIAL ? (long long)part * B * H * NQ * PQ : 0;
   const int k_line = (b * k_world + h * k_head) * PK, v_line = (b * v_world + h * v_head) * PK;
-  // Heads first as the queries lie, or last as projections want them.
-  const Place place = heads_last ? Place{(((long long)b * NQ + i) * PQ * H + h) * D, H * D} : Place{line * D, D};
+  const Place place = {places, latent_slots, latent_tokens, b, h, H, NQ, i};
   const int group = warp / 4;
   if (group == GROUPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SPARED));

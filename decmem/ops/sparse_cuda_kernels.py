@@ -29,8 +29,8 @@ LIST_ENTRY = 8
 
 def source(
     PQ: int, PK: int, D: int, tiles: CudaTiles, *, masked: bool, half: bool = False, gate: int = 0,
-    exponents: bool = False, partial: bool = False, alm_type: str = "unsigned short",
-    gate_type: str = "unsigned short",
+    exponents: bool = False, partial: bool = False, heads_last: bool = False,
+    alm_type: str = "unsigned short", gate_type: str = "unsigned short",
 ) -> str:  # fmt: skip
     """The kernel for one shape; `gate`: columns of the gate, 0 without a local branch;
     `exponents`: products of queries and keys are exponents of two, with no factor."""
@@ -38,7 +38,7 @@ def source(
         "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "UNIT": tiles.unit,
         "MASKED": int(masked), "WHOLE": int(not masked and PK % tiles.span == 0),
         "GROUPS": tiles.groups, "STAGES": tiles.stages, "HELD": int(tiles.held),
-        "HALF": int(half), "GATED": gate, "PARTIAL": int(partial),
+        "HALF": int(half), "GATED": gate, "PARTIAL": int(partial), "HEADS_LAST": int(heads_last),
         # float16 does not reach far enough.
         "STEADY": int(not half), "EXPONENTS": int(exponents and not half),
         "out_t": "float" if partial else "unsigned short", "alm_t": alm_type, "gate_t": gate_type,
@@ -102,10 +102,12 @@ def run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     alm: Tensor | None = None, gate: Tensor | None = None, split: int | None = None,
     tiles: CudaTiles | None = None, heads_last: bool = False,
+    places: Tensor | None = None, tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `sparse_forward_kernels.run_forward`, for inputs without an `obstacle`.
 
-    `heads_last`: the output is (B, Nq, Pq, H, D); not with a local branch.
+    `heads_last`: the output is (B, lines, H, D); not with a local branch. Lines are slots, or the
+    `tokens` of each latent: `places`, int32, has the token of each of its slots, -1 for none.
     """
     B, H, NQ, PQ, D = q.shape
     PK, slots = k.shape[3], lists.shape[-1]
@@ -116,7 +118,9 @@ def run_forward(
     if split is None:
         split = _split_of(programs, tiles, slots * PK, q.device)
     split = 1 if heads_last else split
-    out = q.new_empty(B, NQ, PQ, H, D) if heads_last else torch.empty_like(q)
+    latent = (1, 1) if places is None else (len(places), tokens)
+    lines = NQ * PQ // latent[0] * latent[1]
+    out = q.new_empty(B, lines, H, D) if heads_last else torch.empty_like(q)
     lse = q.new_empty(q.shape[:4], dtype=torch.float32)
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     alm, gate = _readable(alm, q), _readable(gate, q)
@@ -124,7 +128,8 @@ def run_forward(
     kernel = _kernel(
         q.device, PQ, PK, D, tiles, masked=valid is not None, half=q.dtype == torch.float16,
         gate=gated(joined[1]), exponents=abs(scale * LOG2E - 1) < 1e-9,
-        partial=split > 1, alm_type=_element(joined[0]), gate_type=_element(joined[1]),
+        partial=split > 1, heads_last=heads_last, alm_type=_element(joined[0]),
+        gate_type=_element(joined[1]),
     )  # fmt: skip
     kernel.launch(
         programs * split, 128 * (tiles.groups + 1), (slots + 1) * LIST_ENTRY,
@@ -133,7 +138,7 @@ def run_forward(
         lists, valid, *target, *joined,
         B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head,
-        0 if valid is None else valid.shape[0], split, int(heads_last), float(scale * LOG2E),
+        0 if valid is None else valid.shape[0], split, places, *latent, float(scale * LOG2E),
     )  # fmt: skip
     if split > 1:
         merge(target, out, lse, alm, gate)

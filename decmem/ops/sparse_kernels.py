@@ -94,19 +94,20 @@ def _(q, k, v, lists, valid, scale, kernels, out, lse, grad):
 # Without gradients too: heads side by side, as the next projection wants them.
 @torch.library.custom_op("decmem::block_sparse_heads_last", mutates_args=())
 def _heads_last(
-    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float
-) -> Tensor:
-    cuda = sparse_cuda_kernels
-    if _hopper_chosen("auto", q, k, valid, lists) and k.dtype == q.dtype and cuda is not None:
-        return cuda.run_forward(q, k, v, lists, valid, scale, heads_last=True)[0]
-    out = _run_forward(q, k, v, lists, valid, scale, "auto")[0]
-    return out.permute(0, 2, 3, 1, 4).contiguous()
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
+    places: Tensor | None, tokens: int,
+) -> Tensor:  # fmt: skip
+    assert sparse_cuda_kernels is not None
+    return sparse_cuda_kernels.run_forward(
+        q, k, v, lists, valid, scale, heads_last=True, places=places, tokens=tokens
+    )[0]
 
 
 @_heads_last.register_fake
-def _(q, k, v, lists, valid, scale):
+def _(q, k, v, lists, valid, scale, places, tokens):
     B, H, NQ, PQ, D = q.shape
-    return q.new_empty(B, NQ, PQ, H, D)
+    lines = NQ * PQ if places is None else NQ * PQ // len(places) * tokens
+    return q.new_empty(B, lines, H, D)
 
 
 # What has no gradients: the join with a local branch, and keys and values stored in 8 bits.
@@ -179,11 +180,20 @@ def block_sparse_attention(
 
 
 def heads_last_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None = None
-) -> Tensor:
-    """As `block_sparse_attention`, without gradients; (B, Nq, Pq, H, D)."""
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None = None,
+    places: Tensor | None = None, tokens: int = 0,
+) -> Tensor:  # fmt: skip
+    """As `block_sparse_attention`, without gradients and without a `hopper_obstacle`.
+
+    Args:
+        places: of a latent's slots, int32, the token that each holds, -1 for none; None: all do.
+        tokens: of a latent, with `places`.
+
+    Returns:
+        (B, lines, H, D), a line for each slot, or for each token of every latent.
+    """
     q, lists, valid, scale = _settled(q, lists, valid, None)
-    return _heads_last(q, k, v, lists, valid, scale)
+    return _heads_last(q, k, v, lists, valid, scale, places, tokens)
 
 
 def decoupled_attention(

@@ -238,14 +238,22 @@ def attention_inside(
     k: Float[Tensor, "B H T S D"],
     v: Float[Tensor, "B H T S D"],
     counts: Int[Tensor, " M"] | None,
-) -> Float[Tensor, "B T S H D"]:
+    places: Int[Tensor, "S"] | None = None,
+    tokens: int = 0,
+) -> Float[Tensor, "B T tokens H D"]:
     """Tokens attend to those of their own latent, by the kernels for Hopper GPUs, without
-    gradients; heads last. `counts` as of `window_attention`."""
+    gradients; heads last.
+
+    Args:
+        counts: as of `window_attention`.
+        places: the token that each slot holds, int32, -1 for none; None: the output has all slots.
+        tokens: of a latent, with `places`.
+    """
     from decmem.ops.sparse_kernels import heads_last_attention
 
     blocks = _for_hopper(q, k, v, _alone(q.shape[2]), counts)
     assert blocks is not None
-    return heads_last_attention(*blocks).unflatten(1, (q.shape[2], -1)).flatten(2, 3)
+    return heads_last_attention(*blocks, places, tokens).unflatten(1, (q.shape[2], -1))
 
 
 def _for_hopper(

@@ -48,9 +48,11 @@ def test_every_token_has_one_valid_slot(layout: TokenLayout) -> None:
     if layout.packing is None:
         assert torch.equal(layout.slots, layout.order)
         return
-    there, back = layout.packing
+    there, back, places = layout.packing
     assert torch.equal(layout.slots[back], layout.order)
     assert torch.equal(layout.order[there], layout.slots)
+    assert layout.valid is not None
+    assert torch.equal(places, torch.where(layout.valid.flatten(), there, -1).int())
 
 
 @every_layout

@@ -305,7 +305,15 @@ def test_heads_last_changes_no_bit() -> None:
     q, k, v, lists = inputs(2, 3, 3, 5, 160, 9, 160, 72, 6, 1, torch.bfloat16)
     first, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, split=1)
     last, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, heads_last=True)
-    assert torch.equal(last, first.permute(0, 2, 3, 1, 4))
+    first = first.permute(0, 2, 3, 1, 4).flatten(1, 2)
+    assert torch.equal(last, first)
+    # A latent of 160 slots, backwards, with 30 of them empty.
+    places = torch.arange(129, -31, -1, dtype=torch.int32, device="cuda").clamp(min=-1)
+    some, _ = sparse_cuda_kernels.run_forward(
+        q, k, v, lists, None, 0.1, heads_last=True, places=places, tokens=130
+    )
+    kept = first.unflatten(1, (5, 160))[:, :, :130].flip(2)
+    assert torch.equal(some, kept.flatten(1, 2))
 
 
 @pytest.mark.gpu
@@ -320,6 +328,9 @@ def test_attention_inside_latents(padded: bool) -> None:
     assert window.hopper_serves_inside(q, counts)
     with torch.no_grad():
         out = window.attention_inside(q, k, v, counts)
+        places = torch.where(valid, valid.cumsum(0) - 1, -1).int()
+        kept = window.attention_inside(q, k, v, counts, places, int(valid.sum()))
+    assert torch.equal(kept, out[:, :, valid])
     mask = valid[None]
     exact, same = (
         F.scaled_dot_product_attention(*(x.to(kind) for x in (q, k, v)), mask)

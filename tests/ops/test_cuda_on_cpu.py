@@ -21,7 +21,7 @@ from decmem.ops import coding_cuda_kernels, selection_cuda_kernels
 from .cuda_on_cpu import KernelOnCpu
 
 # Five slots of three tokens.
-PACKING = Packing(torch.tensor([0, 1, 0, 2, 2]), torch.tensor([0, 1, 3]))
+PACKING = Packing(*map(torch.tensor, ([0, 1, 0, 2, 2], [0, 1, 3], [0, 1, -1, 2, -1])))
 
 
 @pytest.fixture
