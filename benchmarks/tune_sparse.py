@@ -29,6 +29,7 @@ from decmem.ops import sparse_backward_kernels as triton_backward
 from decmem.ops import sparse_cuda_backward_kernels as cuda_backward
 from decmem.ops import sparse_cuda_kernels as cuda_forward
 from decmem.ops import sparse_forward_kernels as triton_forward
+from decmem.ops.readers import inverse_lists
 from decmem.ops.sparse_tiles import (
     CudaKeyTiles,
     CudaQueryTiles,
@@ -181,7 +182,7 @@ def call(choice: Choice, x: Inputs, shared: dict) -> Callable[[], Any]:
         out, shared["lse"] = triton_forward.run_forward(*x, scale)
         shared["grad"] = torch.randn_like(out)
         shared["delta"] = triton_backward.run_delta(out, shared["grad"])
-        shared["inverse"] = triton_backward.inverse_lists(x.lists, x.k.shape[2])
+        shared["inverse"] = inverse_lists(x.lists, x.k.shape[2])
     arguments = (*x, scale, shared["grad"], shared["lse"], shared["delta"], choice.tiles)
     back = cuda_backward if choice.cuda else triton_backward
     if choice.what == "queries":
@@ -230,7 +231,7 @@ def time_one(choice: Choice, kept: dict) -> str:
     said = f"ok {ms:.4f} {work_of(choice, x) / ms / 1e9:.1f}"
     if "inverse" in shared and "beside" not in shared:
         out, shared["beside"] = shared["grad"], True
-        lists = kernel_ms(lambda: triton_backward.inverse_lists(x.lists, x.k.shape[2]), CUDA)
+        lists = kernel_ms(lambda: inverse_lists(x.lists, x.k.shape[2]), CUDA)
         delta = kernel_ms(lambda: triton_backward.run_delta(out, out), CUDA)
         said += f" beside it: inverse lists {lists:.3f} ms, delta {delta:.3f} ms"
     return said

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from decmem import flow
@@ -23,7 +23,7 @@ from decmem.memory.surface import Sight
 from decmem.model import WorldModel
 from decmem.model.world_model import Context
 from decmem.ops.rotary import Rotation
-from decmem.ops.window import hopper_lists
+from decmem.ops.window import Tiles, hopper_tiles
 from decmem.ops.window_blocks import block_size, placed_lists
 
 
@@ -157,22 +157,25 @@ class Engine:
         reached = 0 if self.windows is not None else len(rows) * (near + self.T)
         shape = (B, H, reached, S, D)
         k, v = (torch.empty(shape, dtype=branches.dtype, device=device) for _ in range(2))
-        lists = None if self.windows is None else self.windows.clone()
-        self.desk = Desk(self.seen, *own, k, v, lists)
+        tiles = self.windows
+        placed = None if tiles is None else tiles._replace(lists=tiles.lists.clone())
+        self.desk = Desk(self.seen, *own, k, v, placed)
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.pool = None if beside is None else beside.pool
         if capture and self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
 
-    def _windows_in(self, whole: Bank, rows: int) -> Int[Tensor, "1 1 tiles K"] | None:
-        """Lists by which windows are read in the arenas, counted from what they reach on; None
+    def _windows_in(self, whole: Bank, rows: int) -> Tiles | None:
+        """Tiles that read windows in the arenas, their lists counted from what these reach on; None
         where they are fetched first."""
         model, stored = self.branches.model, whole.layers[0].keys
         if whole.dtype != self.branches.dtype or not model.config.position.global_time:
             return None
         B, H, _, S, D = stored.shape
         q = stored.new_empty(B, H, rows * self.T, S, D)
-        return hopper_lists(q, stored, self.plan.windows, model.layout.counts)
+        packing = model.layout.packing
+        kept = None if packing is None else packing.kept
+        return hopper_tiles(q, stored, self.plan.windows, model.layout.counts, kept)
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Lays out chunks: what steers them, and their places in the arenas."""
@@ -188,8 +191,8 @@ class Engine:
             layout = rows[0].bank.layout
             blocks = layout.S // block_size(layout.S, layout.counts)
             reached = torch.cat((self.seen, self.slots))
-            assert self.desk.lists is not None
-            self.desk.lists.copy_(placed_lists(self.windows, reached, blocks))
+            assert self.desk.tiles is not None
+            self.desk.tiles.lists.copy_(placed_lists(self.windows.lists, reached, blocks))
         given = _joined(rows, self.near)
         for place, part in zip(_tensors(self.context), _tensors(given), strict=True):
             place.copy_(part)

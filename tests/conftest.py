@@ -122,17 +122,19 @@ def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
     from decmem import engine
     from decmem.ops import window
     from decmem.ops.block_sparse import block_sparse_attention
-    from decmem.ops.window import WindowTable
+    from decmem.ops.window import Tiles, WindowTable
     from decmem.ops.window_blocks import tile_lists
 
-    def lists(q: Tensor, k: Tensor, windows: WindowTable, counts: Tensor) -> Tensor | None:
+    def tiles(q: Tensor, k: Tensor, windows: WindowTable, counts: Tensor, kept: Tensor) -> Tiles:
         S = q.shape[3]
-        return tile_lists(windows.table, S, S, len(counts))
+        lists = tile_lists(windows.table, S, S, len(counts))
+        assert lists is not None
+        return Tiles(lists, None)
 
     def attend(*arguments: object, **named: object) -> Tensor:
         if named.get("backend") == "hopper":
             named["backend"] = "gather"
         return block_sparse_attention(*arguments, **named)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(engine, "hopper_lists", lists)
+    monkeypatch.setattr(engine, "hopper_tiles", tiles)
     monkeypatch.setattr(window, "block_sparse_attention", attend)

@@ -99,7 +99,7 @@ def test_windows_may_be_read_in_the_bank(
     for engine in (bank.engine, bank.engine.writer):
         assert engine is not None
         # Where the global memory sees no time, the window's keys are others than the bank's.
-        assert (engine.desk.lists is None) == (name == "pocket")
+        assert (engine.desk.tiles is None) == (name == "pocket")
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -293,11 +293,11 @@ def test_a_hopper_gpu_reads_windows_in_the_bank(name: str, monkeypatch: pytest.M
     config = dataclasses.replace(CONFIGS[name], size=(352, 640), width=144, position=position)
     model = awake(config, "cuda")
     got, bank = dreamt(sampler_of(model, room=30))
-    monkeypatch.setattr(engine_module, "hopper_lists", lambda *asked: None)
+    monkeypatch.setattr(engine_module, "hopper_tiles", lambda *asked: None)
     fetched, other = dreamt(sampler_of(model, room=30))
     for one, there in ((bank, True), (other, False)):
         assert isinstance(one.engine, Engine)
-        assert (one.engine.desk.lists is not None) == there
+        assert (one.engine.desk.tiles is not None) == there
     # Roundings of queries apart, which may choose another block.
     assert got.std() > 0.1
     assert (got - fetched).abs().mean() < 0.1 * fetched.std()

@@ -145,7 +145,7 @@ def test_windows_of_company_may_be_read_in_the_bank(
     stable, got, _ = two_together(sampler)
     (engine,) = stable.engines.values()
     assert isinstance(engine, Engine)
-    assert engine.desk.lists is not None
+    assert engine.desk.tiles is not None
     assert_alike(got, alone(sampler, chunks=2))
 
 

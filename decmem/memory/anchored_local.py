@@ -4,12 +4,12 @@ The stable base of the decoupled memory: a short window keeps the distribution c
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from decmem.memory.layout import TokenLayout
 from decmem.ops.block_sparse import Backend
-from decmem.ops.window import WindowTable, listed_attention, window_attention
+from decmem.ops.window import Tiles, WindowTable, tiled_attention, window_attention
 
 
 class AnchoredLocalMemory(nn.Module):
@@ -43,8 +43,8 @@ class AnchoredLocalMemory(nn.Module):
         q: Float[Tensor, "B H T S D"],
         k: Float[Tensor, "B H room S D"],
         v: Float[Tensor, "B H room S D"],
-        lists: Int[Tensor, "1 1 tiles K"],
+        tiles: Tiles,
         scale: float | None = None,
     ) -> Float[Tensor, "B H T S D"]:
-        """The same of an arena, of whose blocks the lists name those of the windows."""
-        return listed_attention(q, k, v, lists, self.counts, scale)
+        """The same of an arena, of whose blocks the lists of `tiles` name those of the windows."""
+        return tiled_attention(q, k, v, tiles, self.counts, scale)

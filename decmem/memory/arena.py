@@ -15,6 +15,7 @@ from decmem.errors import UserError
 from decmem.memory.layout import TokenLayout
 from decmem.memory.quantised import FP8, quantise, restore
 from decmem.ops.selection import pool_blocks, pool_blocks_into
+from decmem.ops.window import Tiles
 
 _SEGMENT = 64
 
@@ -69,8 +70,8 @@ class Desk:
         blocks: those of its blocks.
         keys, values: what the local window reaches, the pass's own last. All layers use them in
             turn.
-        lists: blocks of the arena that the window's tiles see (`decmem.ops.window`): it is read
-            where it lies, and `keys` and `values` are not used. None: it is fetched.
+        tiles: of the window, and blocks of the arena that they see: it is read where it lies, and
+            `keys` and `values` are not used. None: it is fetched.
     """
 
     near: Int[Tensor, "near"]
@@ -78,7 +79,7 @@ class Desk:
     blocks: Int[Tensor, "TM"] | None
     keys: Float[Tensor, "B H window S D"]
     values: Float[Tensor, "B H window S D"]
-    lists: Int[Tensor, "1 1 tiles K"] | None = None
+    tiles: Tiles | None = None
 
     @property
     def own(self) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ class LayerBank:
         arena, their slots in it."""
         if self.desk is None:
             return None
-        if self.desk.lists is None:
+        if self.desk.tiles is None:
             return *self.desk.own, None
         return self.keys, self.values, self.desk.slots
 
@@ -189,7 +190,7 @@ class LayerBank:
                 if place is not None and part is not None:
                     _put(place, desk.slots, part)
             self.pooled.index_copy_(2, desk.blocks, _pooled(k, layout))
-        if desk.lists is None:
+        if desk.tiles is None:
             self._fetch_window(desk, parts)
 
     def _fetch_window(self, desk: Desk, parts: tuple[Tensor | None, ...]) -> None:

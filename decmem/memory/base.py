@@ -129,8 +129,8 @@ class Memory(nn.Module):
     ) -> Float[Tensor, "B H T S D"]:
         """o_alm, not decoded: fetched first, or read in the bank."""
         desk = None if reading.bank is None else reading.bank.desk
-        if desk is not None and desk.lists is not None:
-            return local.where_it_lies(coded.q, k, v, desk.lists, coded.scale)
+        if desk is not None and desk.tiles is not None:
+            return local.where_it_lies(coded.q, k, v, desk.tiles, coded.scale)
         return local(*self.window(reading, coded, k, v), reading.plan.windows, coded.scale)
 
     def window(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from decmem.errors import UserError
 from decmem.memory.packing import Packing
+from decmem.ops.window_blocks import tile_rows, token_rows
 
 
 def _edges(length: int, parts: int) -> list[int]:
@@ -105,9 +106,7 @@ class TokenLayout:
         """Between tokens block by block and slots; None where they are the same."""
         if self.valid is None:
             return None
-        spread, valid = self.raster[self.slots], self.valid.flatten()
-        places = torch.where(valid, spread, -1).to(torch.int32)
-        return Packing(spread, valid.nonzero().flatten(), places)
+        return Packing(self.raster[self.slots], self.valid.flatten().nonzero().flatten())
 
     @cached_property
     def coordinates(self) -> Int[Tensor, "S 2"]:
@@ -153,8 +152,16 @@ class TokenLayout:
         return Packing(
             self._placed("spread", packing.spread, device),
             self._placed("kept", packing.kept, device),
-            self._placed("places", packing.places, device),
         )
+
+    def rows_inside_on(self, device: torch.device, latents: int) -> Int[Tensor, "tiles rows 2"]:
+        """Tiles of so many latents' tokens, for `decmem.ops.window.attention_inside`."""
+        name = f"rows inside {latents}"
+        if (name, device) not in self._copies:
+            kept = torch.arange(self.S) if self.packing is None else self.packing.kept
+            rows = token_rows(latents, kept, self.S, tile_rows(latents * self.S), apart=True)
+            self._copies[name, device] = rows.to(device)
+        return self._copies[name, device]
 
     def arrange(self, x: Float[Tensor, "*batch tokens C"]) -> Float[Tensor, "*batch tokens C"]:
         """Raster order to block order."""

@@ -15,23 +15,21 @@ class Packing(NamedTuple):
 
     Attributes:
         spread: the token of each slot; padding repeats one. kept: the slot of each token.
-        places: the token of each slot, int32, -1 in padding.
     """
 
     spread: Int[Tensor, "S"]
     kept: Int[Tensor, "tokens"]
-    places: Int[Tensor, "S"]
 
 
 def spread(x: Tensor, packing: Packing | None, dim: int) -> Tensor:
     """Tokens side by side along `dim` as they lie in slots. Gradients of padding, which nothing may
     depend on, are left out."""
-    return x if packing is None else _spread(x, packing.spread, packing.kept, dim)
+    return x if packing is None else _spread(x, *packing, dim)
 
 
 def kept(x: Tensor, packing: Packing | None, dim: int) -> Tensor:
     """Of slots along `dim` those that hold tokens."""
-    return x if packing is None else _keep(x, packing.spread, packing.kept, dim)
+    return x if packing is None else _keep(x, *packing, dim)
 
 
 # Operators, because gradients of either are the other: those that PyTorch finds by itself add up

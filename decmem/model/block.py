@@ -74,8 +74,8 @@ class SpatialAttention(nn.Module):
         packing = self.layout.packing_on(qkv.device)
         if coding.kernels_serve(qkv) and self._kernels_serve(qkv):
             coded = self._coded(qkv, packing, heads_last=False)
-            places = None if packing is None else packing.places
-            o = attention_inside(*coded, self.counts, places, qkv.shape[2])
+            rows = self.layout.rows_inside_on(qkv.device, qkv.shape[1])
+            o = attention_inside(*coded, self.counts, rows, qkv.shape[2])
             return self.out(o.flatten(-2))
         q, k, v = self._heads(qkv, packing)
         valid = self.layout.valid_on(qkv.device)

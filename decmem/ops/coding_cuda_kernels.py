@@ -11,6 +11,7 @@ from torch import Tensor
 
 from decmem.ops.cuda_module import Kernel, compiled, compiler_found, defined, texts
 from decmem.ops.fp8 import LARGEST, LEAST
+from decmem.ops.sparse_tiles import cdiv
 
 _THREADS = 256
 _ROOM = 96 * 1024
@@ -39,12 +40,13 @@ def _shared_bytes(parts: int, heads: int, D: int) -> int:
     return _tokens(heads, D) * (parts * heads * D * 2 + D * 8 + 128 + 8 * heads)
 
 
-def source(groups: list[int], *, tokens: int, half: bool, **kinds: bool) -> str:
+def source(groups: list[int], *, heads: int, tokens: int, half: bool, **kinds: bool) -> str:
     """The kernels for heads whose channels lie in these groups; `kinds`: what else is defined in
     front of `coding_cuda.cu`, 0 where it is not named."""
     camera, space, surface, time = groups
+    D = sum(groups)
     constants: dict[str, int | str] = {
-        "D": sum(groups), "CAMERA": camera, "SPACE": space, "SURFACE": surface, "TIME": time,
+        "D": D, "CAMERA": camera, "SPACE": space, "SURFACE": surface, "TIME": time, "H": heads,
         "TOKENS": tokens, "THREADS": _THREADS, "HALF": int(half),
         "LARGEST": f"{LARGEST}f", "LEAST": f"{LEAST}f",
     }  # fmt: skip
@@ -58,10 +60,11 @@ def source(groups: list[int], *, tokens: int, half: bool, **kinds: bool) -> str:
 
 @functools.cache
 def _kernel(
-    name: str, device: torch.device, groups: tuple[int, ...], tokens: int, **kinds: bool
+    name: str, device: torch.device, groups: tuple[int, ...], heads: int, tokens: int, **kinds: bool
 ) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
-    code = compiled(source(list(groups), tokens=tokens, **kinds), f"sm_{major}{minor}")
+    text = source(list(groups), heads=heads, tokens=tokens, **kinds)
+    code = compiled(text, f"sm_{major}{minor}")
     return Kernel(code, name, "shared_bytes", device)
 
 
@@ -84,14 +87,14 @@ def run_encode(
     each = _tokens(H, D)
     timed = tables[6] is not None
     kernel = _kernel(
-        "encode", qkv.device, tuple(groups), each, half=qkv.dtype == torch.float16,
+        "encode", qkv.device, tuple(groups), H, each, half=qkv.dtype == torch.float16,
         turned=tables[4] is not None, normed=gains is not None, timed=timed and not local,
         local=local, values=values, heads_last=heads_last, slotted=slots is not None,
         packed=source is not None,
     )  # fmt: skip
     kernel.launch(
-        -(-tokens // each), _THREADS, _shared_bytes(3, H, D), qkv, gains, *tables, *out,
-        slots, source, tokens, T, S, N, H, latents or T, eps, query_factor,
+        cdiv(tokens, each), _THREADS, _shared_bytes(3, H, D), qkv, gains, *tables, *out,
+        slots, source, tokens, T, S, N, latents or T, eps, query_factor,
     )  # fmt: skip
 
 
@@ -106,14 +109,13 @@ def run_decode(
     N = S if kept is None else len(kept)
     each = _tokens(H, D)
     kernel = _kernel(
-        "decode", o.device, tuple(groups), each, half=o.dtype == torch.float16,
+        "decode", o.device, tuple(groups), H, each, half=o.dtype == torch.float16,
         turned=tables[3] is not None, gated=far is not None,
         per_head=gate is not None and gate.shape[-1] == H, rounded=scale is not None,
         packed=kept is not None,
     )  # fmt: skip
     tokens, parts = B * T * N, 1 + (far is not None) + (scale is not None)
     kernel.launch(
-        -(-tokens // each), _THREADS, _shared_bytes(parts, H, D),
-        o, far, gate, *tables, out, scale,
-        kept, tokens, T, S, N, H,
+        cdiv(tokens, each), _THREADS, _shared_bytes(parts, H, D),
+        o, far, gate, *tables, out, scale, kept, tokens, T, S, N,
     )  # fmt: skip

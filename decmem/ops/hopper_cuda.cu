@@ -106,15 +106,16 @@ __device__ __forceinline__ float log2_of(float x) {
   return y;
 }
 
-// Puts 64 rows of `x` where the tensor cores read them, zeros where there are none: `rows` is how many
-// there are from `line` on. With HALF_ROWS they go to the upper eight of each sixteen.
-template <bool HALF_ROWS>
-__device__ __forceinline__ void put_rows(u32 main, u32 rest, const u16* __restrict__ x, long long line, int rows) {
+// Puts 64 rows of `x` where the tensor cores read them, zeros where there are none: `line` tells which each is,
+// -1 for none. With HALF_ROWS they go to the upper eight of each sixteen.
+template <bool HALF_ROWS, class Line>
+__device__ __forceinline__ void put_rows(u32 main, u32 rest, const u16* __restrict__ x, Line line) {
   constexpr int CHUNKS = (MAIN + REST_PAD) / 8;
   for (int n = threadIdx.x % 128; n < 64 * CHUNKS; n += 128) {
     const int r = n / CHUNKS, c = n % CHUNKS, row = HALF_ROWS ? r / 16 * 8 + r % 8 : r;
     uint4 value = {0, 0, 0, 0};
-    if (row < rows && (!HALF_ROWS || r % 16 < 8) && c * 8 < D) value = *(const uint4*)(x + (line + row) * D + c * 8);
+    const long long own = line(row);
+    if (own >= 0 && (!HALF_ROWS || r % 16 < 8) && c * 8 < D) value = *(const uint4*)(x + own * D + c * 8);
     const u32 at = c < 8 ? main + swizzled(r, c, 64) : rest + swizzled(r, c - 8, REST_PAD);
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  ::"r"(at), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
@@ -128,15 +129,16 @@ constexpr int SLICES = (D + 15) / 16;
 template <bool HALF_ROWS> __device__ __forceinline__ int row_of_thread(int row0) {
   return row0 + threadIdx.x % 128 / 32 * (HALF_ROWS ? 8 : 16) + threadIdx.x % 32 / 4;
 }
-// Takes them into registers, as products want their left side there; zeros from row `rows` on.
-template <bool HALF_ROWS> __device__ __forceinline__ void take_rows(
-    u32 (&to)[SLICES][4], const u16* __restrict__ x, long long line, int row, int rows) {
+// Takes them into registers, as products want their left side there; lines as above.
+template <bool HALF_ROWS, class Line> __device__ __forceinline__ void take_rows(
+    u32 (&to)[SLICES][4], const u16* __restrict__ x, int row, Line line) {
+  const long long lines[2] = {line(row), line(row + 8)};
 #pragma unroll
   for (int k = 0; k < SLICES; ++k)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int r = row + 8 * (i % 2), column = 16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4);
-      const bool there = r < rows && column < D && !(HALF_ROWS && i % 2);
-      to[k][i] = there ? *(const u32*)(x + (line + r) * D + column) : 0;
+      const int column = 16 * k + i / 2 * 8 + 2 * (threadIdx.x % 4);
+      const bool there = lines[i % 2] >= 0 && column < D && !(HALF_ROWS && i % 2);
+      to[k][i] = there ? *(const u32*)(x + lines[i % 2] * D + column) : 0;
     }
 }

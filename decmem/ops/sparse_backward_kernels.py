@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from decmem.ops.readers import inverse_lists
 from decmem.ops.sparse_forward_kernels import (
     COUNTS,
     SLOTS,
@@ -267,24 +268,6 @@ def key_gradient_kernel(
     out = ((bk * H + h).to(tl.int64) * NK + j) * (PK * D)
     _store_rows(DK + out, col, d0, d1, dk0, dk1, col_ok, D, D1)
     _store_rows(DV + out, col, d0, d1, dv0, dv1, col_ok, D, D1)
-
-
-def inverse_lists(lists: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Who reads each key block: query blocks sorted by the key block they read, and offsets.
-
-    Args:
-        lists: (B, G, Nq, K) int32, -1 where empty.
-        blocks: number of key blocks Nk.
-
-    Returns:
-        readers (B, G, Nq K) int32 and offsets (B, G, Nk + 1) int32.
-    """
-    B, G, Nq, K = lists.shape
-    flat = torch.where(lists < 0, blocks, lists).reshape(B, G, Nq * K)
-    flat, order = flat.sort(dim=-1, stable=True)
-    edges = torch.arange(blocks + 1, dtype=flat.dtype, device=flat.device).expand(B, G, -1)
-    offsets = torch.searchsorted(flat, edges.contiguous())
-    return (order // K).to(torch.int32), offsets.to(torch.int32)
 
 
 def run_delta(out: Tensor, grad: Tensor) -> Tensor:

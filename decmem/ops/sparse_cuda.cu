@@ -11,7 +11,7 @@
 //
 // While a group computes weights, the tensor cores multiply its last ones with their values, and then
 // what the other groups have started. HELD: queries lie in registers, not in shared memory.
-// HEADS_LAST: of results.
+// ROWED: queries and results lie where tables tell.
 // STEADY: after the first steps a row keeps its shift instead of the running maximum. A softmax is
 // the same under any shift; numbers of fp32's and bfloat16's range bear scores 2^100 times those of the
 // first steps. Where that is not enough the groups go over the list again with the running maximum.
@@ -42,22 +42,24 @@ __device__ __forceinline__ float over_quad(float x) {  // the maximum over a row
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Where results lie, -1 for rows that are nowhere. Heads come first, as queries have them, or with HEADS_LAST
-// as projections want them: there a latent's `slots` give `tokens` lines, slot by slot or where `places` has
-// the tokens that they hold, -1 for none.
-struct Place {
-  const int* places;
-  int slots, tokens, b, h, H, NQ, i;
+// Where the rows of a program's tile lie, -1 for those that are nowhere: lines of queries, and of results in
+// numbers from the start. Side by side from `line` on, or with ROWED as a table tells for each row, lines of a
+// head of queries and of one of results, which lie `step` apart.
+struct Rows {
+  long long line, results;
+  int step;
+  const int2* table;
 
-  __device__ __forceinline__ long long of(int row) const {
-    if (!HEADS_LAST) return (((long long)(b * H + h) * NQ + i) * PQ + row) * D;
-    int line = i * PQ + row;
-    if (places) {
-      const int token = places[line % slots];
-      if (token < 0) return -1;
-      line = line / slots * tokens + token;
-    }
-    return (((long long)b * (NQ * PQ / slots * tokens) + line) * H + h) * D;
+  __device__ __forceinline__ long long query(int row) const {
+    if (row >= PQ) return -1;
+    if (!ROWED) return line + row;
+    const int own = table[row].x;
+    return own < 0 ? -1 : line + own;
+  }
+  __device__ __forceinline__ long long result(int row) const {
+    if (!ROWED) return (line + row) * D;
+    const int own = table[row].y;
+    return own < 0 ? -1 : results + (long long)own * step;
   }
 };
 
@@ -79,13 +81,14 @@ template <bool HALF_ROWS> struct Group {
         q_rest(place(shared + Q_REST_AT + group * Q_REST_BYTES, 16)), group(group), scale(scale), steps(0), now{0, 0} {}
 
   // Takes the group's rows of queries where the tensor cores read them.
-  __device__ __forceinline__ void take(const u16* __restrict__ q, long long line, int row0) {
+  __device__ __forceinline__ void take(const u16* __restrict__ q, Rows rows, int row0) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #if HELD
-    take_rows<HALF_ROWS>(queries, q, line, row_of_thread<HALF_ROWS>(row0), PQ);
+    take_rows<HALF_ROWS>(queries, q, row_of_thread<HALF_ROWS>(row0), [=](int row) { return rows.query(row); });
 #else
     put_rows<HALF_ROWS>(
-        shared + Q_AT + group * Q_BYTES, shared + Q_REST_AT + group * Q_REST_BYTES, q, line + row0, PQ - row0);
+        shared + Q_AT + group * Q_BYTES, shared + Q_REST_AT + group * Q_REST_BYTES, q,
+        [=](int row) { return rows.query(row0 + row); });
     fence_stores();
     group_sync(group);
 #endif
@@ -251,10 +254,29 @@ template <bool HALF_ROWS> struct Group {
     }
   }
 
+  // What the others wait for, of a group without rows.
+  __device__ __forceinline__ void attend_nothing(int entries) {
+    __syncthreads();
+    steps = (units_of(shared + LIST, entries) + UNITS - 1) / UNITS;
+    if (GROUPS > 1 && group == GROUPS - 1) turn_pass<GROUPS>(group);
+    bool again = false;
+    do {
+#pragma unroll 1
+      for (int n = 0; n < steps; ++n, now.next()) {
+        if (GROUPS > 1 && n > 0) turn_sync(group), turn_pass<GROUPS>(group);
+        bar_wait(shared + K_FULL + 8 * now.at, now.phase);
+        if (threadIdx.x % 32 == 0) bar_arrive(shared + K_FREE + 8 * now.at);
+        bar_wait(shared + V_FULL + 8 * now.at, now.phase);
+        free_values(now);
+      }
+      again = STEADY && !again && __shfl_sync(~0u, __syncthreads_or(0), 0);
+    } while (again);
+  }
+
   // Writes what the thread has, joined with the local branch where there is one.
   __device__ __forceinline__ void finish(
       out_t* __restrict__ out, float* __restrict__ lse, const alm_t* __restrict__ alm,
-      const gate_t* __restrict__ gate, long long line, long long shift, int row0, Place place) {
+      const gate_t* __restrict__ gate, long long line, long long shift, int row0, Rows rows) {
     const int lane = threadIdx.x % 32, low = row_of_thread<HALF_ROWS>(row0);
 #pragma unroll
     for (int half = 0; half < (HALF_ROWS ? 1 : ROWS_OF_THREAD); ++half) {
@@ -265,13 +287,15 @@ template <bool HALF_ROWS> struct Group {
       sum += __shfl_xor_sync(~0u, sum, 2);
       if (row >= PQ) continue;
       const bool some = sum > 0;
-      if (lane % 4 == 0) lse[line + shift + row] = some ? top + log2_of(sum) : PARTIAL ? NOTHING : 0.f;
+      if (!ROWED && lane % 4 == 0) lse[line + shift + row] = some ? top + log2_of(sum) : PARTIAL ? NOTHING : 0.f;
       const float factor = some ? 1 / sum : 1;
-      const long long to = place.of(row);
+      const long long to = rows.result(row);
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
         const int column = 8 * i + 2 * (lane % 4);
+#if GATED || PARTIAL
         const long long at = (line + row) * D + column;
+#endif
         float x = o[4 * i + 2 * half] * factor, y = o[4 * i + 2 * half + 1] * factor;
 #if GATED == 1
         const float g = wide(gate[line + row]);
@@ -290,13 +314,16 @@ template <bool HALF_ROWS> struct Group {
 };
 
 // Arguments as of the Triton kernel; keys and values as maps of the copy engine, keys once more in
-// boxes of their REST_PAD last columns. `period` is 0 where all slots hold tokens.
+// boxes of their REST_PAD last columns. `period` is 0 where all slots hold tokens. ROWED: `rows` has two lines for
+// each row of the tiles, one of the `query_lines` of a head of queries, one of results; there are no others beside
+// results then, which lie so many numbers apart by worlds, heads and lines.
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
     const u16* __restrict__ q, const __grid_constant__ Maps keys, const __grid_constant__ Maps rest,
     const __grid_constant__ Maps values, const int* __restrict__ lists, const int* __restrict__ valid,
     out_t* __restrict__ out, float* __restrict__ lse, const alm_t* __restrict__ alm, const gate_t* __restrict__ gate,
     int B, int H, int G, int NQ, int slots, int lists_world, int k_world, int k_head, int v_world, int v_head,
-    int period, int split, const int* __restrict__ places, int latent_slots, int latent_tokens, float scale) {
+    int period, int split, const int2* __restrict__ rows, int query_lines, int result_world,
+    int result_head, int result_step, float scale) {
   extern __shared__ char raw[];
   const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
   // Told by one thread, so that the compiler knows that the warp agrees.
@@ -316,7 +343,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
   const int first = part * filled / split, last = (part + 1) * filled / split;
   const long long line = ((long long)(b * H + h) * NQ + i) * PQ, shift = PARTIAL ? (long long)part * B * H * NQ * PQ : 0;
   const int k_line = (b * k_world + h * k_head) * PK, v_line = (b * v_world + h * v_head) * PK;
-  const Place place = {places, latent_slots, latent_tokens, b, h, H, NQ, i};
+  const Rows own = {
+      ROWED ? (long long)(b * H + h) * query_lines : line, (long long)b * result_world + (long long)h * result_head,
+      result_step, rows + i * PQ};
   const int group = warp / 4;
   if (group == GROUPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(SPARED));
@@ -351,15 +380,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
       // Where shifts were not enough, the list once more.
       again = STEADY && !again && __shfl_sync(~0u, __syncthreads_or(0), 0);
     } while (again);
+  } else if (ROWED && __shfl_sync(~0u, own.query(row0), 0) < 0) {
+    Group<false>(shared, group, scale).attend_nothing(last - first);
   } else if (HALF_LAST && group == GROUPS - 1) {
-    Group<true> rows(shared, group, scale);
-    rows.take(q, line, row0);
-    rows.attend(last - first);
-    rows.finish(out, lse, alm, gate, line, shift, row0, place);
+    Group<true> work(shared, group, scale);
+    work.take(q, own, row0);
+    work.attend(last - first);
+    work.finish(out, lse, alm, gate, line, shift, row0, own);
   } else {
-    Group<false> rows(shared, group, scale);
-    rows.take(q, line, row0);
-    rows.attend(last - first);
-    rows.finish(out, lse, alm, gate, line, shift, row0, place);
+    Group<false> work(shared, group, scale);
+    work.take(q, own, row0);
+    work.attend(last - first);
+    work.finish(out, lse, alm, gate, line, shift, row0, own);
   }
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from decmem.ops.cuda_module import Kernel, compiled, defined, texts
 from decmem.ops.matrix_instructions import products, weighted
-from decmem.ops.sparse_backward_kernels import inverse_lists
+from decmem.ops.readers import inverse_lists
 from decmem.ops.sparse_cuda_kernels import LIST_ENTRY, boxes
 from decmem.ops.sparse_tiles import (
     LOG2E,

@@ -29,16 +29,17 @@ LIST_ENTRY = 8
 
 def source(
     PQ: int, PK: int, D: int, tiles: CudaTiles, *, masked: bool, half: bool = False, gate: int = 0,
-    exponents: bool = False, partial: bool = False, heads_last: bool = False,
+    exponents: bool = False, partial: bool = False, rowed: bool = False,
     alm_type: str = "unsigned short", gate_type: str = "unsigned short",
 ) -> str:  # fmt: skip
     """The kernel for one shape; `gate`: columns of the gate, 0 without a local branch;
-    `exponents`: products of queries and keys are exponents of two, with no factor."""
+    `exponents`: products of queries and keys are exponents of two, with no factor; `rowed`: rows of
+    queries and results lie where a table tells."""
     constants = {
         "D": D, "PQ": PQ, "PK": PK, "SPAN": tiles.span, "UNIT": tiles.unit,
         "MASKED": int(masked), "WHOLE": int(not masked and PK % tiles.span == 0),
         "GROUPS": tiles.groups, "STAGES": tiles.stages, "HELD": int(tiles.held),
-        "HALF": int(half), "GATED": gate, "PARTIAL": int(partial), "HEADS_LAST": int(heads_last),
+        "HALF": int(half), "GATED": gate, "PARTIAL": int(partial), "ROWED": int(rowed),
         # float16 does not reach far enough.
         "STEADY": int(not half), "EXPONENTS": int(exponents and not half),
         "out_t": "float" if partial else "unsigned short", "alm_t": alm_type, "gate_t": gate_type,
@@ -98,48 +99,70 @@ def _readable(x: Tensor | None, q: Tensor) -> Tensor | None:
     return x if x is None or x.dtype in (q.dtype, torch.float32) else x.to(q.dtype)
 
 
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
+    sizes: tuple[int, int, int], tiles: CudaTiles, target: Parts, alm: Tensor | None = None,
+    gate: Tensor | None = None, split: int = 1, rows: Tensor | None = None,
+    lines: tuple[int, int, int, int] = (0, 0, 0, 0),
+) -> None:  # fmt: skip
+    """`sizes`: worlds of queries, their blocks, rows of a block. `rows`, `lines`: as the kernel
+    takes them."""
+    (B, NQ, PQ), H, D = sizes, q.shape[1], q.shape[-1]
+    keys, values, slots = blocks(k), blocks(v), lists.shape[-1]
+    kernel = _kernel(
+        q.device, PQ, k.shape[3], D, tiles, masked=valid is not None,
+        half=q.dtype == torch.float16, gate=gated(gate), exponents=abs(scale * LOG2E - 1) < 1e-9,
+        partial=split > 1, rowed=rows is not None,
+        alm_type=_element(alm), gate_type=_element(gate),
+    )  # fmt: skip
+    kernel.launch(
+        B * H * NQ * cdiv(PQ, 64 * tiles.groups) * split, 128 * (tiles.groups + 1),
+        (slots + 1) * LIST_ENTRY,
+        q, boxes(keys, tiles.heights, 64), boxes(keys, tiles.heights, rest_columns(D) or 16),
+        boxes(values, tiles.heights, 64),
+        lists, valid, *target, alm, gate,
+        B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
+        keys.world, keys.head, values.world, values.head,
+        0 if valid is None else valid.shape[0], split, rows, *lines, float(scale * LOG2E),
+    )  # fmt: skip
+
+
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     alm: Tensor | None = None, gate: Tensor | None = None, split: int | None = None,
-    tiles: CudaTiles | None = None, heads_last: bool = False,
-    places: Tensor | None = None, tokens: int = 0,
+    tiles: CudaTiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `sparse_forward_kernels.run_forward`, for inputs without an `obstacle`.
-
-    `heads_last`: the output is (B, lines, H, D); not with a local branch. Lines are slots, or the
-    `tokens` of each latent: `places`, int32, has the token of each of its slots, -1 for none.
-    """
+    """As `sparse_forward_kernels.run_forward`, for inputs without an `obstacle`."""
     B, H, NQ, PQ, D = q.shape
-    PK, slots = k.shape[3], lists.shape[-1]
+    PK = k.shape[3]
     tiles = tiles or cuda_tiles(PQ, PK, D, valid is not None)
     assert tiles is not None
-    keys, values = blocks(k), blocks(v)
-    programs = B * H * NQ * cdiv(PQ, 64 * tiles.groups)
     if split is None:
-        split = _split_of(programs, tiles, slots * PK, q.device)
-    split = 1 if heads_last else split
-    latent = (1, 1) if places is None else (len(places), tokens)
-    lines = NQ * PQ // latent[0] * latent[1]
-    out = q.new_empty(B, lines, H, D) if heads_last else torch.empty_like(q)
-    lse = q.new_empty(q.shape[:4], dtype=torch.float32)
+        programs = B * H * NQ * cdiv(PQ, 64 * tiles.groups)
+        split = _split_of(programs, tiles, lists.shape[-1] * PK, q.device)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:4], dtype=torch.float32)
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     alm, gate = _readable(alm, q), _readable(gate, q)
     joined = (alm, gate) if split == 1 else (None, None)
-    kernel = _kernel(
-        q.device, PQ, PK, D, tiles, masked=valid is not None, half=q.dtype == torch.float16,
-        gate=gated(joined[1]), exponents=abs(scale * LOG2E - 1) < 1e-9,
-        partial=split > 1, heads_last=heads_last, alm_type=_element(joined[0]),
-        gate_type=_element(joined[1]),
-    )  # fmt: skip
-    kernel.launch(
-        programs * split, 128 * (tiles.groups + 1), (slots + 1) * LIST_ENTRY,
-        q, boxes(keys, tiles.heights, 64), boxes(keys, tiles.heights, rest_columns(D) or 16),
-        boxes(values, tiles.heights, 64),
-        lists, valid, *target, *joined,
-        B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
-        keys.world, keys.head, values.world, values.head,
-        0 if valid is None else valid.shape[0], split, places, *latent, float(scale * LOG2E),
-    )  # fmt: skip
+    _launch(q, k, v, lists, valid, scale, (B, NQ, PQ), tiles, target, *joined, split=split)
     if split > 1:
         merge(target, out, lse, alm, gate)
     return out, lse
+
+
+def run_rows(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
+    rows: Tensor, lines: int,
+) -> Tensor:  # fmt: skip
+    """As the operator `decmem::rows_attention`."""
+    B, H, L, D = q.shape
+    NQ, PQ = rows.shape[:2]
+    tiles = cuda_tiles(PQ, k.shape[3], D, valid is not None)
+    assert tiles is not None
+    out = q.new_empty(B, lines, H, D) if lines else torch.empty_like(q)
+    places = (lines * H * D, D, H * D) if lines else (H * L * D, L * D, D)
+    target = Parts(out, q.new_empty(0, dtype=torch.float32))
+    _launch(
+        q, k, v, lists, valid, scale, (B, NQ, PQ), tiles, target, rows=rows, lines=(L, *places)
+    )  # fmt: skip
+    return out

@@ -91,23 +91,20 @@ def _(q, k, v, lists, valid, scale, kernels, out, lse, grad):
     return torch.empty_like(q), dk, dv
 
 
-# Without gradients too: heads side by side, as the next projection wants them.
-@torch.library.custom_op("decmem::block_sparse_heads_last", mutates_args=())
-def _heads_last(
+# Without gradients: tiles of rows that lie anywhere, for the kernels for Hopper GPUs alone.
+@torch.library.custom_op("decmem::rows_attention", mutates_args=())
+def _rows(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
-    places: Tensor | None, tokens: int,
+    rows: Tensor, lines: int,
 ) -> Tensor:  # fmt: skip
     assert sparse_cuda_kernels is not None
-    return sparse_cuda_kernels.run_forward(
-        q, k, v, lists, valid, scale, heads_last=True, places=places, tokens=tokens
-    )[0]
+    return sparse_cuda_kernels.run_rows(q, k, v, lists, valid, scale, rows, lines)
 
 
-@_heads_last.register_fake
-def _(q, k, v, lists, valid, scale, places, tokens):
-    B, H, NQ, PQ, D = q.shape
-    lines = NQ * PQ if places is None else NQ * PQ // len(places) * tokens
-    return q.new_empty(B, lines, H, D)
+@_rows.register_fake
+def _(q, k, v, lists, valid, scale, rows, lines):
+    B, H, _, D = q.shape
+    return q.new_empty(B, lines, H, D) if lines else torch.empty_like(q)
 
 
 # What has no gradients: the join with a local branch, and keys and values stored in 8 bits.
@@ -179,21 +176,25 @@ def block_sparse_attention(
     return _forward(q, k, v, lists, valid, scale, kernels)[0]
 
 
-def heads_last_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None = None,
-    places: Tensor | None = None, tokens: int = 0,
+def rows_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, rows: Tensor,
+    lines: int = 0, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `block_sparse_attention`, without gradients and without a `hopper_obstacle`.
+    """As `block_sparse_attention`, of tiles whose rows lie anywhere; without gradients, and for
+    inputs that have no `hopper_obstacle`.
 
     Args:
-        places: of a latent's slots, int32, the token that each holds, -1 for none; None: all do.
-        tokens: of a latent, with `places`.
+        q: (B, H, L, D), lines of each head.
+        lists: (1, 1, tiles, K).
+        rows: (tiles, Pq, 2) int32, of each row of each tile the line of queries and that of
+            results, both -1 where a tile has no row; what a tile has comes first.
+        lines: of results, heads last; 0: as many as of queries, and laid out like them.
 
     Returns:
-        (B, lines, H, D), a line for each slot, or for each token of every latent.
+        (B, lines, H, D), or (B, H, L, D); lines that no row names hold anything.
     """
-    q, lists, valid, scale = _settled(q, lists, valid, None)
-    return _heads_last(q, k, v, lists, valid, scale, places, tokens)
+    q, lists, valid, scale = _settled(q, lists, valid, scale)
+    return _rows(q, k, v, lists, valid, scale, rows, lines)
 
 
 def decoupled_attention(

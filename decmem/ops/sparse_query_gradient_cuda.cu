@@ -37,9 +37,11 @@ template <bool HALF_ROWS> struct Group {
       const float* __restrict__ delta, long long line, int row0, int group) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     const int row = row_of_thread<HALF_ROWS>(row0);
-    take_rows<HALF_ROWS>(queries, q, line, row, PQ);
+    const auto line_of = [=](int row) { return row < PQ ? line + row : -1; };
+    take_rows<HALF_ROWS>(queries, q, row, line_of);
     put_rows<HALF_ROWS>(
-        shared + G_AT + group * G_BYTES, shared + G_REST_AT + group * G_REST_BYTES, grad, line + row0, PQ - row0);
+        shared + G_AT + group * G_BYTES, shared + G_REST_AT + group * G_REST_BYTES, grad,
+        [=](int row) { return line_of(row0 + row); });
     lse0 = lse1 = delta0 = delta1 = 0;
     if (row < PQ) lse0 = lse[line + row], delta0 = delta[line + row];
     if (!HALF_ROWS && row + 8 < PQ) lse1 = lse[line + row + 8], delta1 = delta[line + row + 8];

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from decmem.ops.untraced import untraced
 from decmem.ops.window_blocks import (
     WindowBlocks,
     block_size,
+    key_blocks,
     tile_lists,
     tile_rows,
+    token_rows,
     window_blocks,
 )
 from decmem.ops.window_launches import Launches, choose_launches
@@ -191,32 +194,56 @@ def window_attention(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-def hopper_lists(
+class Tiles(NamedTuple):
+    """Tiles of queries that read windows where these lie: `lists` of the blocks that each sees, and
+    its `rows` (`window_blocks.token_rows`), None where tiles are slots side by side."""
+
+    lists: Int[Tensor, "1 1 tiles K"]
+    rows: Int[Tensor, "tiles rows 2"] | None
+
+
+def hopper_tiles(
     q: Float[Tensor, "B H Tq S D"],
     k: Float[Tensor, "B H room S D"],
     windows: WindowTable,
     counts: Int[Tensor, " M"] | None,
-) -> Int[Tensor, "1 1 tiles K"] | None:
-    """What `listed_attention` reads for such windows if their latents come first in `k`; None where
-    the kernels for Hopper GPUs do not serve."""
+    kept: Int[Tensor, "tokens"] | None,
+) -> Tiles | None:
+    """What `tiled_attention` reads for such windows if their latents come first in `k`; None where
+    the kernels for Hopper GPUs do not serve. `kept`: the slots that hold tokens; None: all do."""
     if choose_backend("auto", q) != "triton":
         return None
     blocks = _for_hopper(q, k, k, windows, counts)
-    return None if blocks is None else blocks.lists
+    if blocks is None:
+        return None
+    (T, S), size, rows = q.shape[2:4], blocks.k.shape[3], blocks.q.shape[3]
+    lists = None if kept is None else windows.tile_lists(len(kept), rows, S // size, q.device)
+    if kept is None or lists is None:
+        return Tiles(blocks.lists, None)
+    return Tiles(lists, token_rows(T, kept.cpu(), S, rows, apart=False).to(q.device))
 
 
-def listed_attention(
+def tiled_attention(
     q: Float[Tensor, "B H Tq S D"],
     k: Float[Tensor, "B H room S D"],
     v: Float[Tensor, "B H room S D"],
-    lists: Int[Tensor, "1 1 tiles K"],
+    tiles: Tiles,
     counts: Int[Tensor, " M"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "B H Tq S D"]:
-    """`window_attention` where the keys lie, by the kernels for Hopper GPUs: `lists` say which
-    blocks of `k` and `v` each tile of queries sees. `counts` and `scale` as there."""
-    blocks = window_blocks(q, k, v, lists, counts)
-    return block_sparse_attention(*blocks, scale, backend="hopper").view_as(q)
+    """`window_attention` where the keys lie, by the kernels for Hopper GPUs: lists say which
+    blocks of `k` and `v` each tile of queries sees. `counts` and `scale` as there. Slots of which
+    the tiles have no row hold anything."""
+    if tiles.rows is None:
+        blocks = window_blocks(q, k, v, tiles.lists, counts)
+        return block_sparse_attention(*blocks, scale, backend="hopper").view_as(q)
+    from decmem.ops.sparse_kernels import rows_attention
+
+    keys, values = key_blocks(k, v, counts)
+    out = rows_attention(
+        q.flatten(2, 3), keys, values, tiles.lists, counts, tiles.rows, scale=scale
+    )
+    return out.view_as(q)
 
 
 @functools.cache
@@ -238,22 +265,25 @@ def attention_inside(
     k: Float[Tensor, "B H T S D"],
     v: Float[Tensor, "B H T S D"],
     counts: Int[Tensor, " M"] | None,
-    places: Int[Tensor, "S"] | None = None,
-    tokens: int = 0,
+    rows: Int[Tensor, "tiles rows 2"],
+    tokens: int,
 ) -> Float[Tensor, "B T tokens H D"]:
     """Tokens attend to those of their own latent, by the kernels for Hopper GPUs, without
     gradients; heads last.
 
     Args:
         counts: as of `window_attention`.
-        places: the token that each slot holds, int32, -1 for none; None: the output has all slots.
-        tokens: of a latent, with `places`.
+        rows: where each tile's queries and results lie (`window_blocks.token_rows`, apart).
+        tokens: of a latent.
     """
-    from decmem.ops.sparse_kernels import heads_last_attention
+    from decmem.ops.sparse_kernels import rows_attention
 
-    blocks = _for_hopper(q, k, v, _alone(q.shape[2]), counts)
-    assert blocks is not None
-    return heads_last_attention(*blocks, places, tokens).unflatten(1, (q.shape[2], -1))
+    T, (tiles, each) = q.shape[2], rows.shape[:2]
+    keys, values = key_blocks(k, v, counts)
+    lists = _alone(T).tile_lists(tiles // T * each, each, keys.shape[2] // T, q.device)
+    assert lists is not None
+    out = rows_attention(q.flatten(2, 3), keys, values, lists, counts, rows, T * tokens)
+    return out.unflatten(1, (T, tokens))
 
 
 def _for_hopper(

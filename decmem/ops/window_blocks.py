@@ -8,6 +8,7 @@ leave a sixth of every tile empty.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -32,17 +33,41 @@ def tile_lists(
     table: Bool[Tensor, "Tq Tk"], tokens: int, rows: int, blocks: int
 ) -> Int[Tensor, "1 1 tiles K"] | None:
     """Blocks that each tile of `rows` queries sees, ascending, then -1; None where a tile holds
-    latents that see different ones. Latents have `tokens` slots and `blocks` blocks."""
+    latents that see different ones. Latents have `tokens` queries and `blocks` blocks of keys."""
     first = torch.arange(0, table.shape[0] * tokens, rows)
+    last = (first + rows - 1).clamp(max=table.shape[0] * tokens - 1)
     seen = table[first // tokens]
-    if not seen.equal(table[(first + rows - 1) // tokens]) or not (
-        rows <= tokens or seen.repeat_interleave(rows, 0).equal(table.repeat_interleave(tokens, 0))
+    if not seen.equal(table[last // tokens]) or not (
+        rows <= tokens
+        or seen.repeat_interleave(rows, 0)[: len(table) * tokens].equal(
+            table.repeat_interleave(tokens, 0)
+        )
     ):
         return None
     seen = seen.repeat_interleave(blocks, 1)
     places = torch.where(seen, torch.arange(seen.shape[1]), seen.shape[1])
     places = places.sort(1).values[:, : int(seen.sum(1).max())]
     return torch.where(places < seen.shape[1], places, -1).to(torch.int32)[None, None]
+
+
+def token_rows(
+    latents: int, kept: Int[Tensor, "tokens"], slots: int, rows: int, apart: bool
+) -> Int[Tensor, "tiles rows 2"]:
+    """Tiles of tokens and no padding, for `sparse_kernels.rows_attention`: where each row's query
+    and result lie, counted over all latents, -1 where a tile has none.
+
+    Args:
+        kept: the slot of each token of a latent. slots: of a latent.
+        apart: no tile holds tokens of two latents, and results are tokens side by side; otherwise
+            they lie in slots, as queries do.
+    """
+    tokens, latent = len(kept), torch.arange(latents)[:, None]
+    queries = latent * slots + kept
+    results = latent * tokens + torch.arange(tokens) if apart else queries
+    lines = torch.stack((queries, results), -1)
+    lines = lines if apart else lines.flatten(0, 1)[None]
+    lines = F.pad(lines, (0, 0, 0, -lines.shape[1] % rows), value=-1)
+    return lines.reshape(-1, rows, 2).to(torch.int32)
 
 
 def placed_lists(
@@ -65,6 +90,15 @@ def block_size(tokens: int, counts: Int[Tensor, " M"] | None) -> int:
     return next((n for n in sizes if tokens % n == 0), 0)
 
 
+def key_blocks(
+    k: Float[Tensor, "B H Tk S D"], v: Float[Tensor, "B H Tk S D"], counts: Int[Tensor, " M"] | None
+) -> tuple[Float[Tensor, "B H Nk Pk D"], Float[Tensor, "B H Nk Pk D"]]:
+    """Latents of keys and values in blocks; `counts`: tokens of the blocks of a latent."""
+    size = block_size(k.shape[3], counts)
+    keys, values = (x.unflatten(3, (-1, size)).flatten(2, 3) for x in (k, v))
+    return keys, values
+
+
 def window_blocks(
     q: Float[Tensor, "B H Tq S D"],
     k: Float[Tensor, "B H Tk S D"],
@@ -77,7 +111,6 @@ def window_blocks(
     `counts`: tokens of each of the M equal blocks of a latent, that come first in their block. The
     result has the shape of the tiles; `view_as(q)` gives it that of `q`.
     """
-    size = block_size(q.shape[3], counts)
-    keys, values = (x.unflatten(3, (-1, size)).flatten(2, 3) for x in (k, v))
+    keys, values = key_blocks(k, v, counts)
     tiles = q.flatten(2, 3).unflatten(2, (lists.shape[2], -1))
     return WindowBlocks(tiles, keys, values, lists, counts)

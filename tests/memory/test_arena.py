@@ -13,6 +13,7 @@ from decmem.memory.arena import Desk
 from decmem.memory.quantised import FP8, quantise, restore
 from decmem.model import ModelConfig, WorldModel
 from decmem.ops.selection import pool_blocks
+from decmem.ops.window import Tiles
 
 POSITION = PositionConfig(camera=8, space=8, time=4, surface=6)
 LAYOUT = TokenLayout((3, 5))
@@ -175,7 +176,7 @@ def test_what_was_computed_in_the_arena_stays_there(walk: Callable) -> None:
     M, layer = LAYOUT.M, other.layers[0]
     nothing, slots = torch.zeros(2, 2, 0, LAYOUT.S, POSITION.head_dim), torch.tensor([5, 6])
     blocks, lists = torch.arange(5 * M, 7 * M), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
-    layer.desk = Desk(torch.tensor([3, 4]), slots, blocks, nothing, nothing, lists)
+    layer.desk = Desk(torch.tensor([3, 4]), slots, blocks, nothing, nothing, Tiles(lists, None))
     keys, values, where = layer.place_of_own() or (None, None, None)
     assert keys is layer.keys
     assert values is layer.values

@@ -75,6 +75,7 @@ inline int __reduce_add_sync(unsigned, int x) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 template <class T> T of_bits(auto x) {
   T y;

@@ -31,8 +31,8 @@ def _translated(source: str, name: str) -> str:
         r'asm\("cvt\.rn\.satfinite\.e4m3x2.*\n', "y = eighth(low) | eighth(high) << 8;\n", source
     )
     source = re.sub(r'extern "C" (__global__|__constant__)', "static", source)
-    found = re.search(rf"static void \s*{name}\((.*?)\) \{{", source.replace(
-        "__launch_bounds__(THREADS) ", ""), re.DOTALL)  # fmt: skip
+    bare = re.sub(r"__launch_bounds__\([^)]*\) ", "", source)
+    found = re.search(rf"static void \s*{name}\((.*?)\) \{{", bare, re.DOTALL)
     assert found is not None
     parameters = found[1].replace("__restrict__", "")
     names = ", ".join(re.findall(r"(\w+)\s*(?:,|$)", parameters))

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from decmem.ops import coding_inference, reference, window
 from decmem.ops.sparse_tiles import CudaTiles, cuda_key_tiles, cuda_query_tiles, cuda_tiles
+from decmem.ops.window_blocks import token_rows
 
 if find_spec("triton") is None or find_spec("cuda") is None:
     pytest.skip("needs triton and cuda-bindings", allow_module_level=True)
 
 from decmem.ops import (
     cuda_module,
-    selection_cuda_kernels,
     sparse_backward_kernels,
     sparse_cuda_backward_kernels,
     sparse_cuda_kernels,
@@ -64,10 +64,9 @@ def test_assembled_products_stay_in_flight(shape: str, half: bool) -> None:
         assert spilled[0] <= (16 if "key_gradient(" in text else 0)
 
 
-def test_the_choice_of_blocks_is_assembled() -> None:
-    scores = [selection_cuda_kernels.score_source(D, rows) for D, rows in ((72, 24), (128, 64))]
-    for text in (cuda_module.texts("selection"), *scores):
-        code, remarks = cuda_module.compiled(text, "sm_80")
+def test_the_choice_and_its_readers_are_assembled() -> None:
+    for name in ("selection", "readers"):
+        code, remarks = cuda_module.compiled(cuda_module.texts(name), "sm_80")
         assert code
         assert re.findall(r"(\d+) bytes spill stores", remarks) == ["0"]
 
@@ -301,19 +300,23 @@ def test_other_tiles(tiles: CudaTiles) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-def test_heads_last_changes_no_bit() -> None:
-    q, k, v, lists = inputs(2, 3, 3, 5, 160, 9, 160, 72, 6, 1, torch.bfloat16)
-    first, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, split=1)
-    last, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, heads_last=True)
-    first = first.permute(0, 2, 3, 1, 4).flatten(1, 2)
-    assert torch.equal(last, first)
-    # A latent of 160 slots, backwards, with 30 of them empty.
-    places = torch.arange(129, -31, -1, dtype=torch.int32, device="cuda").clamp(min=-1)
-    some, _ = sparse_cuda_kernels.run_forward(
-        q, k, v, lists, None, 0.1, heads_last=True, places=places, tokens=130
-    )
-    kept = first.unflatten(1, (5, 160))[:, :, :130].flip(2)
-    assert torch.equal(some, kept.flatten(1, 2))
+@pytest.mark.parametrize("D", [72, 128])
+def test_rows_may_lie_anywhere(D: int) -> None:
+    """Also a tile's last groups without rows, and groups that go over the list again."""
+    q, k, v, lists = inputs(2, 3, 1, 5, 192, 9, 160, D, 6, 1, torch.bfloat16)
+    q[0, 1, 2, 7] *= 400  # its scores outgrow those of the first steps
+    side_by_side, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, split=1)
+    lines = torch.randperm(5 * 192, device="cuda").int()
+    for left in (192, 128, 100, 64, 1):
+        table = lines.view(5, 192, 1).repeat(1, 1, 2)
+        table[3, left:] = -1
+        moved = torch.empty_like(q).flatten(2, 3)
+        moved[:, :, lines.long()] = q.flatten(2, 3)
+        for last in (0, 5 * 192):
+            got = sparse_cuda_kernels.run_rows(moved, k, v, lists, None, 0.1, table, last)
+            got = (got.transpose(1, 2) if last else got)[:, :, lines.long()].unflatten(2, (5, 192))
+            there = table[..., 0] >= 0
+            assert torch.equal(got[:, :, there], side_by_side[:, :, there])
 
 
 @pytest.mark.gpu
@@ -327,16 +330,15 @@ def test_attention_inside_latents(padded: bool) -> None:
     counts = tokens if padded else None
     assert window.hopper_serves_inside(q, counts)
     with torch.no_grad():
-        out = window.attention_inside(q, k, v, counts)
-        places = torch.where(valid, valid.cumsum(0) - 1, -1).int()
-        kept = window.attention_inside(q, k, v, counts, places, int(valid.sum()))
-    assert torch.equal(kept, out[:, :, valid])
+        kept = valid.nonzero().flatten()
+        rows = token_rows(4, kept.cpu(), 960, 192, apart=True).cuda()
+        out = window.attention_inside(q, k, v, counts, rows, len(kept))
     mask = valid[None]
     exact, same = (
         F.scaled_dot_product_attention(*(x.to(kind) for x in (q, k, v)), mask)
         for kind in (torch.float64, torch.bfloat16)
     )
     allowed = 2 * (same - exact).abs().max() + 1e-3
-    assert (out.permute(0, 3, 1, 2, 4) - exact).abs().max() <= allowed
+    assert (out.permute(0, 3, 1, 2, 4) - exact[:, :, :, kept]).abs().max() <= allowed
     # Gradients are not theirs.
     assert not window.hopper_serves_inside(q.requires_grad_(), counts)

@@ -27,7 +27,7 @@ def test_the_coding_of_heads_is_assembled(groups: list[int]) -> None:
         ("rounded",),
     )
     for kinds in (there, *(dict.fromkeys(other, True) for other in others)):
-        text = coding_cuda_kernels.source(groups, tokens=2, half=False, **kinds)
+        text = coding_cuda_kernels.source(groups, heads=24, tokens=2, half=False, **kinds)
         code, remarks = cuda_module.compiled(text, "sm_90" if "rounded" in kinds else "sm_80")
         assert code
         # Two kernels, neither of which keeps more in slow memory than a few words.

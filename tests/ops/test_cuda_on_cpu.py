@@ -16,45 +16,41 @@ from decmem.ops.rotary import Rotation, rotate_pairs, rotation
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is for Linux and Windows")
 
-from decmem.ops import coding_cuda_kernels, selection_cuda_kernels
+from decmem.ops import coding_cuda_kernels, readers_cuda_kernels, selection_cuda_kernels
+from decmem.ops.cuda_module import texts
 
 from .cuda_on_cpu import KernelOnCpu
+from .test_readers import SHAPES, assert_turned_round, lists_of
 
 # Five slots of three tokens.
-PACKING = Packing(*map(torch.tensor, ([0, 1, 0, 2, 2], [0, 1, 3], [0, 1, -1, 2, -1])))
+PACKING = Packing(torch.tensor([0, 1, 0, 2, 2]), torch.tensor([0, 1, 3]))
 
 
 @pytest.fixture
 def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_selection(device: torch.device, source: str, name: str) -> KernelOnCpu:
-        return KernelOnCpu(source, name, tmp_path)
+    def of_selection(device: torch.device) -> KernelOnCpu:
+        return KernelOnCpu(texts("selection"), "choose", tmp_path)
 
     def of_coding(
-        name: str, device: torch.device, groups: tuple[int, ...], tokens: int, **kinds: bool
+        name: str,
+        device: torch.device,
+        groups: tuple[int, ...],
+        heads: int,
+        tokens: int,
+        **kinds: bool,
     ) -> KernelOnCpu:
-        source = coding_cuda_kernels.source(list(groups), tokens=tokens, **kinds)
+        source = coding_cuda_kernels.source(list(groups), heads=heads, tokens=tokens, **kinds)
         return KernelOnCpu(source, name, tmp_path)
 
+    def of_readers(device: torch.device) -> KernelOnCpu:
+        return KernelOnCpu(texts("readers"), "turn_round", tmp_path)
+
+    monkeypatch.setattr(readers_cuda_kernels, "_kernel", of_readers)
     monkeypatch.setattr(selection_cuda_kernels, "_kernel", of_selection)
     monkeypatch.setattr(coding_cuda_kernels, "_kernel", of_coding)
-    for kernels in (selection_cuda_kernels._choosing, selection_cuda_kernels._scoring):
-        kernels.cache_clear()
     monkeypatch.setattr(coding_cuda_kernels, "suits", lambda *asked: True)
     monkeypatch.setattr(coding_inference, "bare_kernels_serve", lambda x: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-
-@pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize(
-    ("worlds", "served", "H", "Nq", "Nk", "D"),
-    [(1, 1, 2, 24, 300, 72), (2, 2, 1, 5, 129, 64), (1, 1, 3, 1, 1, 8)],
-)
-def test_scores(worlds: int, served: int, H: int, Nq: int, Nk: int, D: int) -> None:
-    q, room = torch.randn(worlds * served, H, Nq, D), torch.randn(worlds, H, Nk + 3, D)
-    k = room[:, :, :Nk]
-    got = selection_cuda_kernels.run_score(q, k)
-    expected = selection.block_scores(q, k.repeat_interleave(served, 0), per_head=True)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def scores_of(kind: str, shape: tuple[int, ...]) -> Tensor:
@@ -79,6 +75,13 @@ def test_choice() -> None:
         assert torch.equal(out, expected), kind
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_readers() -> None:
+    for B, G, Nq, K, Nk in SHAPES:
+        lists = lists_of(B, G, Nq, min(K, Nk), Nk)
+        assert_turned_round(readers_cuda_kernels.run_inverse(lists, Nk), lists, Nk)
+
+
 def position_of(config: PositionConfig, B: int, T: int, S: int) -> Position:
     coordinates = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"), -1)
     lens = torch.tensor([1.4, 2.1, 0.0, 0.0]).expand(B, T, 4)
@@ -100,6 +103,7 @@ def position_of(config: PositionConfig, B: int, T: int, S: int) -> Position:
         (15, True, True, PositionConfig(camera=24, space=24, time=24)),
         (3, False, False, PositionConfig(camera=24, space=24, time=24)),
         (3, True, True, PositionConfig(camera=24, space=16, surface=12, time=20)),
+        (3, True, False, PositionConfig(camera=20, space=16, surface=12, time=24)),
     ],
 )
 def test_encoding(H: int, slotted: bool, packed: bool, config: PositionConfig) -> None:

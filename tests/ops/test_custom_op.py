@@ -90,12 +90,3 @@ def test_gradients_have_the_same_bits_every_time() -> None:
 
     for first, second in zip(gradients(), gradients(), strict=True):
         assert torch.equal(first, second)
-
-
-def test_readers_are_the_lists_turned_round() -> None:
-    from decmem.ops.sparse_backward_kernels import inverse_lists
-
-    lists = torch.tensor([[0, 2, 3], [2, -1, -1], [-1, -1, -1], [0, 3, -1]], dtype=torch.int32)
-    readers, offsets = inverse_lists(lists[None, None], 5)
-    assert offsets[0, 0].tolist() == [0, 2, 2, 4, 6, 6]
-    assert readers[0, 0, :6].tolist() == [0, 3, 0, 1, 0, 3]

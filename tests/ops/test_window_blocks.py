@@ -18,6 +18,7 @@ from decmem.ops.window_blocks import (
     block_size,
     tile_lists,
     tile_rows,
+    token_rows,
     window_blocks,
 )
 
@@ -119,6 +120,29 @@ def test_a_tile_whose_latents_see_different_ones_is_left_alone(odd: int) -> None
     table = torch.ones(8, 3, dtype=torch.bool)
     table[odd, 0] = False
     assert tile_lists(table, 48, 192, 3) is None
+
+
+def test_rows_are_tokens_and_where_they_lie() -> None:
+    """Three latents of five slots, the third and the last of them empty, in tiles of four."""
+    kept = torch.tensor([0, 1, 3])
+    across = token_rows(3, kept, 5, 4, apart=False)
+    assert across[..., 0].tolist() == [[0, 1, 3, 5], [6, 8, 10, 11], [13, -1, -1, -1]]
+    assert torch.equal(across[..., 0], across[..., 1])
+    inside = token_rows(3, kept, 5, 4, apart=True)
+    assert inside[..., 0].tolist() == [[0, 1, 3, -1], [5, 6, 8, -1], [10, 11, 13, -1]]
+    assert inside[..., 1].tolist() == [[0, 1, 2, -1], [3, 4, 5, -1], [6, 7, 8, -1]]
+    assert token_rows(3, kept, 5, 2, apart=True).shape == (6, 2, 2)
+
+
+@pytest.mark.parametrize("rows", [4, 7])
+def test_tiles_of_tokens_see_what_their_latents_see(rows: int) -> None:
+    """Tokens need not fill the last tile."""
+    same = torch.ones(3, 2, dtype=torch.bool)
+    lists = tile_lists(same, 3, rows, 2)
+    assert lists is not None
+    assert lists[0, 0].tolist() == [[0, 1, 2, 3]] * -(-9 // rows)
+    assert tile_lists(torch.eye(3, dtype=torch.bool), 3, rows, 2) is None
+    assert tile_lists(torch.eye(3, dtype=torch.bool), 3, 3, 2) is not None
 
 
 class Taken(Exception):
