@@ -62,8 +62,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
   if (threadIdx.x == 0) shared.all = 0;
   __syncthreads();
 
-  // From one up; both zeros are one number. No candidate: zero.
+  // From one up; both zeros are one number. No candidate: zero. Of many scores, which would be counted one
+  // after the other, not all are: each thread knows its largest, and `count` of these leave few others to count.
+  const bool many = N >= 4 * THREADS;
   int there = 0;
+  u32 most = 0;
   for (int start = threadIdx.x; start < N; start += AHEAD * THREADS) {
     // All are asked for before the first is counted.
     float score[AHEAD];
@@ -80,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
       u32 key = 0;
       if (candidate[i]) {
         key = (u32)(bits >= 0 ? bits : -(bits & 0x7fffffff)) ^ 0x80000000;
-        atomicAdd(shared.counts + (key >> 21), 1);
-        ++there;
+        if (!many) atomicAdd(shared.counts + (key >> 21), 1);
+        most = max(most, key), ++there;
       }
       if (n < N) keys[n] = key;
     }
@@ -92,6 +95,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
   const int in_warp = __reduce_add_sync(~0u, there);
   if (lane == 0) atomicAdd(&shared.all, in_warp);
   __syncthreads();
+  if (many && shared.all > count) {
+    int from = 0;
+    if (__syncthreads_count(most > 0) >= count) {
+      if (most) atomicAdd(shared.counts + (most >> 21), 1);
+      __syncthreads();
+      from = find(shared, count).bin;
+    }
+    for (int n = threadIdx.x; n < N; n += THREADS)
+      if (keys[n] && (int)(keys[n] >> 21) >= from) atomicAdd(shared.counts + (keys[n] >> 21), 1);
+    __syncthreads();
+  }
   if (shared.all > count) {
     int wanted = count, shift = 21;
     u32 high = 0;  // the bits that are known
