@@ -18,13 +18,16 @@ extern "C" __constant__ int shared_bytes = sizeof(Shared);
 // Of all threads together. The counts are clear afterwards.
 __device__ __forceinline__ Found find(Shared& shared, int wanted) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // The first thread has the highest bins.
+  // The first thread has the highest bins; four at a time, since threads that each read eight in turn wait
+  // for each other.
   int own[BINS_OF_THREAD], sum = 0;
 #pragma unroll
-  for (int i = 0; i < BINS_OF_THREAD; ++i) {
-    const int bin = BINS - 1 - (threadIdx.x * BINS_OF_THREAD + i);
-    sum += own[i] = shared.counts[bin];
-    shared.counts[bin] = 0;
+  for (int i = 0; i < BINS_OF_THREAD; i += 4) {
+    uint4* const four = (uint4*)(shared.counts + BINS - 4 - (threadIdx.x * BINS_OF_THREAD + i));
+    const uint4 x = *four;
+    *four = make_uint4(0, 0, 0, 0);
+    own[i] = x.w, own[i + 1] = x.z, own[i + 2] = x.y, own[i + 3] = x.x;
+    sum += x.x + x.y + x.z + x.w;
   }
   int upto = sum;
 #pragma unroll
@@ -52,7 +55,7 @@ __device__ __forceinline__ Found find(Shared& shared, int wanted) {
 extern "C" __global__ void __launch_bounds__(THREADS) choose(
     const float* __restrict__ scores, const unsigned char* __restrict__ candidates, int* __restrict__ out, int G,
     int Nq, int N, int count, int stride_b, int stride_q, int stride_k) {
-  extern __shared__ u32 raw[];
+  extern __shared__ __align__(16) u32 raw[];
   Shared& shared = *(Shared*)raw;
   u32* keys = raw + sizeof(Shared) / 4;
   const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -62,11 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
   if (threadIdx.x == 0) shared.all = 0;
   __syncthreads();
 
-  // From one up; both zeros are one number. No candidate: zero. Of many scores, which would be counted one
-  // after the other, not all are: each thread knows its largest, and `count` of these leave few others to count.
-  const bool many = N >= 4 * THREADS;
+  // From one up; both zeros are one number. No candidate: zero.
   int there = 0;
-  u32 most = 0;
   for (int start = threadIdx.x; start < N; start += AHEAD * THREADS) {
     // All are asked for before the first is counted.
     float score[AHEAD];
@@ -83,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
       u32 key = 0;
       if (candidate[i]) {
         key = (u32)(bits >= 0 ? bits : -(bits & 0x7fffffff)) ^ 0x80000000;
-        if (!many) atomicAdd(shared.counts + (key >> 21), 1);
-        most = max(most, key), ++there;
+        atomicAdd(shared.counts + (key >> 21), 1);
+        ++there;
       }
       if (n < N) keys[n] = key;
     }
@@ -95,17 +95,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
   const int in_warp = __reduce_add_sync(~0u, there);
   if (lane == 0) atomicAdd(&shared.all, in_warp);
   __syncthreads();
-  if (many && shared.all > count) {
-    int from = 0;
-    if (__syncthreads_count(most > 0) >= count) {
-      if (most) atomicAdd(shared.counts + (most >> 21), 1);
-      __syncthreads();
-      from = find(shared, count).bin;
-    }
-    for (int n = threadIdx.x; n < N; n += THREADS)
-      if (keys[n] && (int)(keys[n] >> 21) >= from) atomicAdd(shared.counts + (keys[n] >> 21), 1);
-    __syncthreads();
-  }
   if (shared.all > count) {
     int wanted = count, shift = 21;
     u32 high = 0;  // the bits that are known
