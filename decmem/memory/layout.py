@@ -159,7 +159,8 @@ class TokenLayout:
         name = f"rows inside {latents}"
         if (name, device) not in self._copies:
             kept = torch.arange(self.S) if self.packing is None else self.packing.kept
-            rows = token_rows(latents, kept, self.S, tile_rows(latents * self.S), apart=True)
+            each = tile_rows(latents * self.S)
+            rows = token_rows([1] * latents, kept, self.S, each, side_by_side=True)
             self._copies[name, device] = rows.to(device)
         return self._copies[name, device]
 

@@ -15,6 +15,7 @@ from decmem.ops.window_blocks import (
     WindowBlocks,
     block_size,
     key_blocks,
+    span_lists,
     tile_lists,
     tile_rows,
     token_rows,
@@ -216,11 +217,14 @@ def hopper_tiles(
     blocks = _for_hopper(q, k, k, windows, counts)
     if blocks is None:
         return None
-    (T, S), size, rows = q.shape[2:4], blocks.k.shape[3], blocks.q.shape[3]
-    lists = None if kept is None else windows.tile_lists(len(kept), rows, S // size, q.device)
-    if kept is None or lists is None:
+    if kept is None:
         return Tiles(blocks.lists, None)
-    return Tiles(lists, token_rows(T, kept.cpu(), S, rows, apart=False).to(q.device))
+    S, size, each = q.shape[3], blocks.k.shape[3], blocks.q.shape[3]
+    lengths = [span.last - span.first for span in windows.spans]
+    seen = windows.table[[span.first for span in windows.spans]]
+    lists = span_lists(seen, lengths, len(kept), each, S // size)
+    rows = token_rows(lengths, kept.cpu(), S, each, side_by_side=False)
+    return Tiles(lists.to(q.device), rows.to(q.device))
 
 
 def tiled_attention(
@@ -260,6 +264,15 @@ def hopper_serves_inside(q: Float[Tensor, "B H T S D"], counts: Int[Tensor, " M"
     return _for_hopper(q, q, q, _alone(q.shape[2]), counts) is not None
 
 
+@functools.cache
+def _lists_inside(
+    latents: int, tokens: int, rows: int, blocks: int, device: torch.device
+) -> Int[Tensor, "1 1 tiles K"]:
+    """Sent to the device once, for a copy from the host stops CUDA graphs."""
+    alone = torch.eye(latents, dtype=torch.bool)
+    return span_lists(alone, [1] * latents, tokens, rows, blocks).to(device)
+
+
 def attention_inside(
     q: Float[Tensor, "B H T S D"],
     k: Float[Tensor, "B H T S D"],
@@ -273,15 +286,15 @@ def attention_inside(
 
     Args:
         counts: as of `window_attention`.
-        rows: where each tile's queries and results lie (`window_blocks.token_rows`, apart).
+        rows: where each tile's queries and results lie (`window_blocks.token_rows`, every latent a
+            span, side by side).
         tokens: of a latent.
     """
     from decmem.ops.sparse_kernels import rows_attention
 
-    T, (tiles, each) = q.shape[2], rows.shape[:2]
+    T = q.shape[2]
     keys, values = key_blocks(k, v, counts)
-    lists = _alone(T).tile_lists(tiles // T * each, each, keys.shape[2] // T, q.device)
-    assert lists is not None
+    lists = _lists_inside(T, tokens, rows.shape[1], keys.shape[2] // T, q.device)
     out = rows_attention(q.flatten(2, 3), keys, values, lists, counts, rows, T * tokens)
     return out.unflatten(1, (T, tokens))
 

@@ -5,6 +5,7 @@ cut anew, the 3,840 slots of the paper's chunk are 20 tiles of 192 rows, where b
 leave a sixth of every tile empty.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,41 +34,49 @@ def tile_lists(
     table: Bool[Tensor, "Tq Tk"], tokens: int, rows: int, blocks: int
 ) -> Int[Tensor, "1 1 tiles K"] | None:
     """Blocks that each tile of `rows` queries sees, ascending, then -1; None where a tile holds
-    latents that see different ones. Latents have `tokens` queries and `blocks` blocks of keys."""
+    latents that see different ones. Latents have `tokens` slots and `blocks` blocks."""
     first = torch.arange(0, table.shape[0] * tokens, rows)
-    last = (first + rows - 1).clamp(max=table.shape[0] * tokens - 1)
     seen = table[first // tokens]
-    if not seen.equal(table[last // tokens]) or not (
-        rows <= tokens
-        or seen.repeat_interleave(rows, 0)[: len(table) * tokens].equal(
-            table.repeat_interleave(tokens, 0)
-        )
+    if not seen.equal(table[(first + rows - 1) // tokens]) or not (
+        rows <= tokens or seen.repeat_interleave(rows, 0).equal(table.repeat_interleave(tokens, 0))
     ):
         return None
-    seen = seen.repeat_interleave(blocks, 1)
-    places = torch.where(seen, torch.arange(seen.shape[1]), seen.shape[1])
-    places = places.sort(1).values[:, : int(seen.sum(1).max())]
-    return torch.where(places < seen.shape[1], places, -1).to(torch.int32)[None, None]
+    return _ascending(seen.repeat_interleave(blocks, 1))
 
 
 def token_rows(
-    latents: int, kept: Int[Tensor, "tokens"], slots: int, rows: int, apart: bool
+    spans: Sequence[int], kept: Int[Tensor, "tokens"], slots: int, rows: int, side_by_side: bool
 ) -> Int[Tensor, "tiles rows 2"]:
     """Tiles of tokens and no padding, for `sparse_kernels.rows_attention`: where each row's query
     and result lie, counted over all latents, -1 where a tile has none.
 
     Args:
+        spans: numbers of consecutive latents; no tile holds tokens of two of these.
         kept: the slot of each token of a latent. slots: of a latent.
-        apart: no tile holds tokens of two latents, and results are tokens side by side; otherwise
-            they lie in slots, as queries do.
+        side_by_side: results are tokens side by side; otherwise they lie in slots, as queries do.
     """
-    tokens, latent = len(kept), torch.arange(latents)[:, None]
+    tokens, latent = len(kept), torch.arange(sum(spans))[:, None]
     queries = latent * slots + kept
-    results = latent * tokens + torch.arange(tokens) if apart else queries
+    results = latent * tokens + torch.arange(tokens) if side_by_side else queries
     lines = torch.stack((queries, results), -1)
-    lines = lines if apart else lines.flatten(0, 1)[None]
-    lines = F.pad(lines, (0, 0, 0, -lines.shape[1] % rows), value=-1)
-    return lines.reshape(-1, rows, 2).to(torch.int32)
+    whole = [part.flatten(0, 1) for part in lines.split(list(spans))]
+    padded = [F.pad(part, (0, 0, 0, -len(part) % rows), value=-1) for part in whole]
+    return torch.cat(padded).unflatten(0, (-1, rows)).to(torch.int32)
+
+
+def span_lists(
+    seen: Bool[Tensor, "spans Tk"], spans: Sequence[int], tokens: int, rows: int, blocks: int
+) -> Int[Tensor, "1 1 tiles K"]:
+    """Blocks that tiles of `token_rows` see, ascending, then -1. `seen`: the latents that those of
+    each span see, which have so many `blocks`; `tokens` of a latent."""
+    tiles = torch.tensor([-(-span * tokens // rows) for span in spans])
+    return _ascending(seen.repeat_interleave(tiles, 0).repeat_interleave(blocks, 1))
+
+
+def _ascending(seen: Bool[Tensor, "tiles Nk"]) -> Int[Tensor, "1 1 tiles K"]:
+    places = torch.where(seen, torch.arange(seen.shape[1]), seen.shape[1])
+    places = places.sort(1).values[:, : int(seen.sum(1).max())]
+    return torch.where(places < seen.shape[1], places, -1).to(torch.int32)[None, None]
 
 
 def placed_lists(

@@ -331,7 +331,7 @@ def test_attention_inside_latents(padded: bool) -> None:
     assert window.hopper_serves_inside(q, counts)
     with torch.no_grad():
         kept = valid.nonzero().flatten()
-        rows = token_rows(4, kept.cpu(), 960, 192, apart=True).cuda()
+        rows = token_rows([1] * 4, kept.cpu(), 960, 192, side_by_side=True).cuda()
         out = window.attention_inside(q, k, v, counts, rows, len(kept))
     mask = valid[None]
     exact, same = (

@@ -16,6 +16,7 @@ from decmem.ops.window import WindowTable, window_attention
 from decmem.ops.window_blocks import (
     WindowBlocks,
     block_size,
+    span_lists,
     tile_lists,
     tile_rows,
     token_rows,
@@ -125,24 +126,29 @@ def test_a_tile_whose_latents_see_different_ones_is_left_alone(odd: int) -> None
 def test_rows_are_tokens_and_where_they_lie() -> None:
     """Three latents of five slots, the third and the last of them empty, in tiles of four."""
     kept = torch.tensor([0, 1, 3])
-    across = token_rows(3, kept, 5, 4, apart=False)
+    across = token_rows([3], kept, 5, 4, side_by_side=False)
     assert across[..., 0].tolist() == [[0, 1, 3, 5], [6, 8, 10, 11], [13, -1, -1, -1]]
     assert torch.equal(across[..., 0], across[..., 1])
-    inside = token_rows(3, kept, 5, 4, apart=True)
+    inside = token_rows([1, 1, 1], kept, 5, 4, side_by_side=True)
     assert inside[..., 0].tolist() == [[0, 1, 3, -1], [5, 6, 8, -1], [10, 11, 13, -1]]
     assert inside[..., 1].tolist() == [[0, 1, 2, -1], [3, 4, 5, -1], [6, 7, 8, -1]]
-    assert token_rows(3, kept, 5, 2, apart=True).shape == (6, 2, 2)
+    spans = token_rows([2, 1], kept, 5, 4, side_by_side=True)
+    assert spans[..., 1].tolist() == [[0, 1, 2, 3], [4, 5, -1, -1], [6, 7, 8, -1]]
 
 
-@pytest.mark.parametrize("rows", [4, 7])
+@pytest.mark.parametrize("rows", [2, 3, 4, 7])
 def test_tiles_of_tokens_see_what_their_latents_see(rows: int) -> None:
-    """Tokens need not fill the last tile."""
-    same = torch.ones(3, 2, dtype=torch.bool)
-    lists = tile_lists(same, 3, rows, 2)
-    assert lists is not None
-    assert lists[0, 0].tolist() == [[0, 1, 2, 3]] * -(-9 // rows)
-    assert tile_lists(torch.eye(3, dtype=torch.bool), 3, rows, 2) is None
-    assert tile_lists(torch.eye(3, dtype=torch.bool), 3, 3, 2) is not None
+    spans, tokens, blocks = [2, 1, 3], 3, 2
+    table = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+    lists = span_lists(table, spans, tokens, rows, blocks)[0, 0]
+    lines = token_rows(spans, torch.arange(tokens), tokens, rows, side_by_side=False)[..., 0]
+    assert len(lists) == len(lines)
+    of_span = torch.arange(3).repeat_interleave(torch.tensor(spans) * tokens)
+    for listed, held in zip(lists, lines, strict=True):
+        (span,) = set(of_span[held[held >= 0]].tolist())
+        seen = table[span].repeat_interleave(blocks).nonzero().flatten()
+        assert listed[listed >= 0].tolist() == seen.tolist()
+    assert sorted(lines[lines >= 0].tolist()) == list(range(18))
 
 
 class Taken(Exception):
