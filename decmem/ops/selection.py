@@ -128,9 +128,12 @@ def _score(q: Tensor, k: Tensor) -> Tensor:
 
     Products in fp32, or in three parts of TF32, which is as exact.
     """
+    q, k, cuda = q.float().contiguous(), k.float(), selection_cuda_kernels
+    if cuda is not None and cuda.suits_scores(q, k):
+        return cuda.run_score(q, k)
     from decmem.ops.selection_kernels import run_score
 
-    return run_score(q.float().contiguous(), k.float())
+    return run_score(q, k)
 
 
 @_score.register_fake

@@ -18,16 +18,13 @@ extern "C" __constant__ int shared_bytes = sizeof(Shared);
 // Of all threads together. The counts are clear afterwards.
 __device__ __forceinline__ Found find(Shared& shared, int wanted) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // The first thread has the highest bins; four at a time, since threads that each read eight in turn wait
-  // for each other.
+  // The first thread has the highest bins.
   int own[BINS_OF_THREAD], sum = 0;
 #pragma unroll
-  for (int i = 0; i < BINS_OF_THREAD; i += 4) {
-    uint4* const four = (uint4*)(shared.counts + BINS - 4 - (threadIdx.x * BINS_OF_THREAD + i));
-    const uint4 x = *four;
-    *four = make_uint4(0, 0, 0, 0);
-    own[i] = x.w, own[i + 1] = x.z, own[i + 2] = x.y, own[i + 3] = x.x;
-    sum += x.x + x.y + x.z + x.w;
+  for (int i = 0; i < BINS_OF_THREAD; ++i) {
+    const int bin = BINS - 1 - (threadIdx.x * BINS_OF_THREAD + i);
+    sum += own[i] = shared.counts[bin];
+    shared.counts[bin] = 0;
   }
   int upto = sum;
 #pragma unroll
@@ -55,7 +52,7 @@ __device__ __forceinline__ Found find(Shared& shared, int wanted) {
 extern "C" __global__ void __launch_bounds__(THREADS) choose(
     const float* __restrict__ scores, const unsigned char* __restrict__ candidates, int* __restrict__ out, int G,
     int Nq, int N, int count, int stride_b, int stride_q, int stride_k) {
-  extern __shared__ __align__(16) u32 raw[];
+  extern __shared__ u32 raw[];
   Shared& shared = *(Shared*)raw;
   u32* keys = raw + sizeof(Shared) / 4;
   const int row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;

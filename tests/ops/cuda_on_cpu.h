@@ -1,5 +1,5 @@
 // CUDA C++ for the host's compiler: a thread of the system for each of a program's, programs one after
-// the other. What kernels without tensor cores need of the language, and no more.
+// the other. What kernels without Hopper's tensor cores need of the language, and no more.
 #include <algorithm>
 #include <barrier>
 #include <cmath>
@@ -35,13 +35,14 @@ static char* shared() { return (char*)((unsigned long long)(shared_memory.data()
 
 static std::unique_ptr<std::barrier<>> program;
 static std::vector<std::unique_ptr<std::barrier<>>> warps;
-static long long told[64][32];
+static struct { alignas(8) char bytes[32]; } told[64][32];
 inline void __syncthreads() { program->arrive_and_wait(); }
 inline void warp_sync() { warps[threadIdx.x / 32]->arrive_and_wait(); }
 
 // Hands `x` to the others of the warp, and gives what `take` makes of theirs.
 template <class T, class Take> auto exchanged(T x, Take take) {
-  long long* const of_warp = told[threadIdx.x / 32];
+  static_assert(sizeof x <= sizeof told[0][0]);
+  auto* const of_warp = told[threadIdx.x / 32];
   std::memcpy(of_warp + threadIdx.x % 32, &x, sizeof x);
   warp_sync();
   auto found = take([&](int lane) {
@@ -85,6 +86,23 @@ template <class T> T of_bits(auto x) {
 inline int __float_as_int(float x) { return of_bits<int>(x); }
 inline float __int_as_float(int x) { return of_bits<float>(x); }
 template <class T> T atomicAdd(T* at, int x) { return __atomic_fetch_add(at, (T)x, __ATOMIC_SEQ_CST); }
+
+// `cvt.rna.tf32.f32`, and the product of 16 x 8 with 8 x 8 numbers of that kind.
+inline unsigned tf32(float x) { return of_bits<unsigned>(x) + 0x1000 & ~0x1fffu; }
+inline void multiplied(float (&sums)[4], const unsigned (&left)[4], unsigned first, unsigned second) {
+  struct Held { unsigned left[4], right[2]; };
+  const int lane = threadIdx.x % 32;
+  const Held own = {{left[0], left[1], left[2], left[3]}, {first, second}};
+  exchanged(own, [&](auto of) {
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 8; ++k) {
+        const unsigned x = of(lane / 4 * 4 + k % 4).left[i / 2 + k / 4 * 2];
+        const unsigned y = of((lane % 4 * 2 + i % 2) * 4 + k % 4).right[k / 4];
+        sums[i] += of_bits<float>(x) * of_bits<float>(y);
+      }
+    return 0;
+  });
+}
 
 // `numbers_cuda`, of bfloat16.
 typedef unsigned int u32;

@@ -1,4 +1,4 @@
-"""Kernels in CUDA C++ on a CPU, if they need no tensor cores: compiled by the host's compiler."""
+"""Kernels in CUDA C++ on a CPU, but those of Hopper: compiled by the host's compiler."""
 
 import ctypes
 import re
@@ -30,6 +30,9 @@ def _translated(source: str, name: str) -> str:
     source = re.sub(
         r'asm\("cvt\.rn\.satfinite\.e4m3x2.*\n', "y = eighth(low) | eighth(high) << 8;\n", source
     )
+    source = re.sub(r'asm\("cvt\.rna\.tf32.*\n', "y = tf32(x);\n", source)
+    product = "multiplied(sums, keys, first, second);"
+    source = re.sub(r'asm\("mma\.sync\.aligned\.m16n8k8.*?\);\n', product, source, flags=re.DOTALL)
     source = re.sub(r'extern "C" (__global__|__constant__)', "static", source)
     bare = re.sub(r"__launch_bounds__\([^)]*\) ", "", source)
     found = re.search(rf"static void \s*{name}\((.*?)\) \{{", bare, re.DOTALL)

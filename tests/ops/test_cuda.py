@@ -17,6 +17,7 @@ if find_spec("triton") is None or find_spec("cuda") is None:
 
 from decmem.ops import (
     cuda_module,
+    selection_cuda_kernels,
     sparse_backward_kernels,
     sparse_cuda_backward_kernels,
     sparse_cuda_kernels,
@@ -65,8 +66,9 @@ def test_assembled_products_stay_in_flight(shape: str, half: bool) -> None:
 
 
 def test_the_choice_and_its_readers_are_assembled() -> None:
-    for name in ("selection", "readers"):
-        code, remarks = cuda_module.compiled(cuda_module.texts(name), "sm_80")
+    scores = [selection_cuda_kernels.score_source(D, rows) for D, rows in ((72, 24), (128, 48))]
+    for text in (*map(cuda_module.texts, ("selection", "readers")), *scores):
+        code, remarks = cuda_module.compiled(text, "sm_80")
         assert code
         assert re.findall(r"(\d+) bytes spill stores", remarks) == ["0"]
 

@@ -1,6 +1,7 @@
-"""Kernels in CUDA C++ that need no tensor cores, run by a CPU, against the definition."""
+"""Kernels in CUDA C++ but those of Hopper, run by a CPU, against the definition."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ PACKING = Packing(torch.tensor([0, 1, 0, 2, 2]), torch.tensor([0, 1, 3]))
 
 @pytest.fixture
 def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_selection(device: torch.device) -> KernelOnCpu:
-        return KernelOnCpu(texts("selection"), "choose", tmp_path)
+    def of_selection(device: torch.device, source: str, name: str) -> KernelOnCpu:
+        return KernelOnCpu(source, name, tmp_path)
 
     def of_coding(
         name: str,
@@ -48,9 +49,31 @@ def on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers_cuda_kernels, "_kernel", of_readers)
     monkeypatch.setattr(selection_cuda_kernels, "_kernel", of_selection)
     monkeypatch.setattr(coding_cuda_kernels, "_kernel", of_coding)
+    for kernels in (selection_cuda_kernels._choosing, selection_cuda_kernels._scoring):
+        kernels.cache_clear()
     monkeypatch.setattr(coding_cuda_kernels, "suits", lambda *asked: True)
     monkeypatch.setattr(coding_inference, "bare_kernels_serve", lambda x: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize(
+    ("worlds", "served", "H", "Nq", "Nk", "D"),
+    [(1, 1, 1, 9, 140, 72), (2, 2, 1, 3, 40, 16), (1, 1, 3, 1, 1, 8)],
+)
+def test_scores(
+    worlds: int, served: int, H: int, Nq: int, Nk: int, D: int, rounds: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    one_processor = SimpleNamespace(multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: one_processor)
+    monkeypatch.setattr(selection_cuda_kernels, "_rounds", lambda parts, programs: rounds)
+    q, room = torch.randn(worlds * served, H, Nq, D), torch.randn(worlds, H, Nk + 3, D)
+    k = room[:, :, :Nk]
+    got = selection_cuda_kernels.run_score(q, k)
+    expected = selection.block_scores(q, k.repeat_interleave(served, 0), per_head=True)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def scores_of(kind: str, shape: tuple[int, ...]) -> Tensor:
@@ -67,6 +90,7 @@ def test_choice() -> None:
     for kind, N, count, share in (
         ("all", 5000, 80, 0.7), ("ties", 300, 80, 0.7), ("zeros", 2049, 7, 0.7),
         ("equal", 4096, 33, 0.9), ("few", 2500, 100, 0.02), ("short", 50, 80, 0.7),
+        ("all", 3000, 300, 0.7), ("few", 3000, 20, 0.02), ("ties", 3000, 80, 0.7),
     ):  # fmt: skip
         scores, seen = scores_of(kind, (2, 2, 1, N)), torch.rand(2, 1, N) < share
         out = torch.empty(2, 2, 1, min(count, N), dtype=torch.int32)
