@@ -117,24 +117,44 @@ def waiting_forbidden() -> Callable[[], AbstractContextManager[None]]:
 @pytest.fixture
 def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has windows read where they lie, as the kernels for Hopper GPUs do, on any device."""
+    import torch
     from torch import Tensor
 
     from decmem import engine
-    from decmem.ops import window
+    from decmem.ops import sparse_kernels, window
     from decmem.ops.block_sparse import block_sparse_attention
     from decmem.ops.window import Tiles, WindowTable
-    from decmem.ops.window_blocks import tile_lists
+    from decmem.ops.window_blocks import span_lists, tile_lists, token_rows
 
-    def tiles(q: Tensor, k: Tensor, windows: WindowTable, counts: Tensor, kept: Tensor) -> Tiles:
+    def tiles(
+        q: Tensor, k: Tensor, windows: WindowTable, counts: Tensor, kept: Tensor | None
+    ) -> Tiles:
         S = q.shape[3]
-        lists = tile_lists(windows.table, S, S, len(counts))
-        assert lists is not None
-        return Tiles(lists, None)
+        if kept is None:
+            lists = tile_lists(windows.table, S, S, len(counts))
+            assert lists is not None
+            return Tiles(lists, None)
+        spans = [span.last - span.first for span in windows.spans]
+        seen = windows.table[[span.first for span in windows.spans]]
+        lists = span_lists(seen, spans, len(kept), 8, len(counts))
+        return Tiles(lists, token_rows(spans, kept, S, 8, side_by_side=False))
 
     def attend(*arguments: object, **named: object) -> Tensor:
         if named.get("backend") == "hopper":
             named["backend"] = "gather"
         return block_sparse_attention(*arguments, **named)  # pyright: ignore[reportArgumentType]
 
+    def attend_rows(
+        q: Tensor, k: Tensor, v: Tensor, lists: Tensor, counts: Tensor, rows: Tensor,
+        scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        there = rows[..., 0] >= 0
+        queries = torch.where(there[..., None], q[:, :, rows[..., 0].clamp(min=0)], 0.0)
+        got = block_sparse_attention(queries, k, v, lists, counts, scale, backend="gather")
+        out = torch.full_like(q, float("nan"))  # nobody may read what is not a token's
+        out[:, :, rows[..., 1][there].long()] = got[:, :, there]
+        return out
+
+    monkeypatch.setattr(sparse_kernels, "rows_attention", attend_rows)
     monkeypatch.setattr(engine, "hopper_tiles", tiles)
     monkeypatch.setattr(window, "block_sparse_attention", attend)

@@ -100,6 +100,8 @@ def test_windows_may_be_read_in_the_bank(
         assert engine is not None
         # Where the global memory sees no time, the window's keys are others than the bank's.
         assert (engine.desk.tiles is None) == (name == "pocket")
+        padded = model(name).layout.packing is not None
+        assert engine.desk.tiles is None or (engine.desk.tiles.rows is not None) == padded
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -285,19 +287,23 @@ def test_graphs_replay_the_plain_pass(name: str, options: dict, dtype: torch.dty
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("guidance", [None, 2.0])
 @pytest.mark.parametrize("name", ["paper", "window"])
-def test_a_hopper_gpu_reads_windows_in_the_bank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hopper_gpu_reads_windows_in_the_bank(
+    name: str, guidance: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("no Hopper GPU")
     position = PositionConfig(camera=24, space=24, time=24)
     config = dataclasses.replace(CONFIGS[name], size=(352, 640), width=144, position=position)
     model = awake(config, "cuda")
-    got, bank = dreamt(sampler_of(model, room=30))
+    got, bank = dreamt(sampler_of(model, guidance=guidance, room=30))
     monkeypatch.setattr(engine_module, "hopper_tiles", lambda *asked: None)
-    fetched, other = dreamt(sampler_of(model, room=30))
+    fetched, other = dreamt(sampler_of(model, guidance=guidance, room=30))
     for one, there in ((bank, True), (other, False)):
         assert isinstance(one.engine, Engine)
-        assert (one.engine.desk.tiles is not None) == there
+        tiles = one.engine.desk.tiles
+        assert (tiles is not None and tiles.rows is not None) == there
     # Roundings of queries apart, which may choose another block.
     assert got.std() > 0.1
     assert (got - fetched).abs().mean() < 0.1 * fetched.std()
