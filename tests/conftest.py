@@ -124,7 +124,7 @@ def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
     from decmem.ops import sparse_kernels, window
     from decmem.ops.block_sparse import block_sparse_attention
     from decmem.ops.window import Tiles, WindowTable
-    from decmem.ops.window_blocks import span_lists, tile_lists, token_rows
+    from decmem.ops.window_blocks import tile_lists
 
     def tiles(
         q: Tensor, k: Tensor, windows: WindowTable, counts: Tensor, kept: Tensor | None
@@ -134,10 +134,7 @@ def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
             lists = tile_lists(windows.table, S, S, len(counts))
             assert lists is not None
             return Tiles(lists, None)
-        spans = [span.last - span.first for span in windows.spans]
-        seen = windows.table[[span.first for span in windows.spans]]
-        lists = span_lists(seen, spans, len(kept), 8, len(counts))
-        return Tiles(lists, token_rows(spans, kept, S, 8, side_by_side=False))
+        return Tiles.of_tokens(windows, kept, S, 8, len(counts))
 
     def attend(*arguments: object, **named: object) -> Tensor:
         if named.get("backend") == "hopper":

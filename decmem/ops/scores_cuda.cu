@@ -38,9 +38,9 @@ __device__ __forceinline__ int channel_of(int slice) {
 
 // What a thread has of 16 keys: of `first` and 8 further, two channels of every slice.
 // Keys that are not there are the last one.
-__device__ __forceinline__ void take(float (&own)[KEYS / 8][2 * SLICES], const float* __restrict__ keys, int first, int Nk) {
+__device__ __forceinline__ void take(float (&own)[2][2 * SLICES], const float* __restrict__ keys, int first, int Nk) {
 #pragma unroll
-  for (int i = 0; i < KEYS / 8; ++i) {
+  for (int i = 0; i < 2; ++i) {
     const float* const key = keys + (long long)min(first + 8 * i, Nk - 1) * D;
 #pragma unroll
     for (int s = 0; s + 1 < SLICES; s += 2) {
@@ -82,38 +82,31 @@ extern "C" __global__ void __launch_bounds__(THREADS) score(
 
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round, first += WARPS * KEYS) {
-    float own[KEYS / 8][2 * SLICES];
+    float own[2][2 * SLICES];
     take(own, keys, first, Nk);
-    float sums[KEYS / 16][TILES][4];
+    float sums[TILES][4];
 #pragma unroll
-    for (int i = 0; i < KEYS / 16; ++i)
+    for (int n = 0; n < TILES; ++n)
 #pragma unroll
-      for (int n = 0; n < TILES; ++n)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[i][n][j] = 0;
+      for (int j = 0; j < 4; ++j) sums[n][j] = 0;
 #pragma unroll
     for (int s = 0; s < SLICES; ++s) {
-      u32 large[KEYS / 16][4], small[KEYS / 16][4];
+      u32 large[4], small[4];
 #pragma unroll
-      for (int i = 0; i < KEYS / 16; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const Parts parts = parts_of(own[2 * i + j % 2][2 * s + j / 2]);
-          large[i][j] = parts.large, small[i][j] = parts.small;
-        }
+      for (int j = 0; j < 4; ++j) {
+        const Parts parts = parts_of(own[j % 2][2 * s + j / 2]);
+        large[j] = parts.large, small[j] = parts.small;
+      }
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
         const uint4 query = queries[(s * TILES + n) * 32 + lane];
+        // Tensor cores cut off what they add to a larger sum.
+        float more[4] = {0, 0, 0, 0};
+        multiply(more, small, query.x, query.y);
+        multiply(more, large, query.z, query.w);
+        multiply(more, large, query.x, query.y);
 #pragma unroll
-        for (int i = 0; i < KEYS / 16; ++i) {
-          // Tensor cores cut off what they add to a larger sum.
-          float more[4] = {0, 0, 0, 0};
-          multiply(more, small[i], query.x, query.y);
-          multiply(more, large[i], query.z, query.w);
-          multiply(more, large[i], query.x, query.y);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sums[i][n][j] += more[j];
-        }
+        for (int j = 0; j < 4; ++j) sums[n][j] += more[j];
       }
     }
 #pragma unroll
@@ -123,8 +116,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) score(
         const long long line = lines[8 * n + 2 * (lane % 4) + j];
         if (line < 0) continue;
 #pragma unroll
-        for (int i = 0; i < KEYS / 8; ++i)
-          if (first + 8 * i < Nk) out[line * Nk + first + 8 * i] = sums[i / 2][n][i % 2 * 2 + j];
+        for (int i = 0; i < 2; ++i)
+          if (first + 8 * i < Nk) out[line * Nk + first + 8 * i] = sums[n][2 * i + j];
       }
   }
 }

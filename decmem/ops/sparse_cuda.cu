@@ -315,8 +315,8 @@ template <bool HALF_ROWS> struct Group {
 
 // Arguments as of the Triton kernel; keys and values as maps of the copy engine, keys once more in
 // boxes of their REST_PAD last columns. `period` is 0 where all slots hold tokens. ROWED: `rows` has two lines for
-// each row of the tiles, one of the `query_lines` of a head of queries, one of results; there are no others beside
-// results then, which lie so many numbers apart by worlds, heads and lines.
+// each row of the tiles, one of the `query_lines` of a head of queries, one of results, which lie so many numbers
+// apart by worlds, heads and lines; nothing else is written then.
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
     const u16* __restrict__ q, const __grid_constant__ Maps keys, const __grid_constant__ Maps rest,
     const __grid_constant__ Maps values, const int* __restrict__ lists, const int* __restrict__ valid,

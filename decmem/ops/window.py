@@ -202,6 +202,22 @@ class Tiles(NamedTuple):
     lists: Int[Tensor, "1 1 tiles K"]
     rows: Int[Tensor, "tiles rows 2"] | None
 
+    @classmethod
+    def of_tokens(
+        cls, windows: WindowTable, kept: Int[Tensor, "tokens"], slots: int, rows: int, blocks: int
+    ) -> "Tiles":
+        """Tiles of `rows` tokens and no padding; `kept` are those of a latent's `slots` that hold
+        one, and `blocks` of keys a latent has."""
+        lengths = [span.last - span.first for span in windows.spans]
+        seen = windows.table[[span.first for span in windows.spans]]
+        return cls(
+            span_lists(seen, lengths, len(kept), rows, blocks),
+            token_rows(lengths, kept, slots, rows, side_by_side=False),
+        )
+
+    def on(self, device: torch.device) -> "Tiles":
+        return Tiles(self.lists.to(device), None if self.rows is None else self.rows.to(device))
+
 
 def hopper_tiles(
     q: Float[Tensor, "B H Tq S D"],
@@ -219,12 +235,8 @@ def hopper_tiles(
         return None
     if kept is None:
         return Tiles(blocks.lists, None)
-    S, size, each = q.shape[3], blocks.k.shape[3], blocks.q.shape[3]
-    lengths = [span.last - span.first for span in windows.spans]
-    seen = windows.table[[span.first for span in windows.spans]]
-    lists = span_lists(seen, lengths, len(kept), each, S // size)
-    rows = token_rows(lengths, kept.cpu(), S, each, side_by_side=False)
-    return Tiles(lists.to(q.device), rows.to(q.device))
+    S, size, rows = q.shape[3], blocks.k.shape[3], blocks.q.shape[3]
+    return Tiles.of_tokens(windows, kept.cpu(), S, rows, S // size).on(q.device)
 
 
 def tiled_attention(

@@ -306,7 +306,9 @@ def test_other_tiles(tiles: CudaTiles) -> None:
 def test_rows_may_lie_anywhere(D: int) -> None:
     """Also a tile's last groups without rows, and groups that go over the list again."""
     q, k, v, lists = inputs(2, 3, 1, 5, 192, 9, 160, D, 6, 1, torch.bfloat16)
-    q[0, 1, 2, 7] *= 400  # its scores outgrow those of the first steps
+    # The last of its keys has a score that outgrows those of the first steps.
+    k[0, :, lists[1, 0, 3].max(), -1] = q[1, :, 3, 0]
+    q[1, :, 3, 0] *= 40
     side_by_side, _ = sparse_cuda_kernels.run_forward(q, k, v, lists, None, 0.1, split=1)
     lines = torch.randperm(5 * 192, device="cuda").int()
     for left in (192, 128, 100, 64, 1):
