@@ -11,6 +11,7 @@ from decmem.memory.packing import spread
 from decmem.memory.position import PositionConfig
 from decmem.memory.sparse_global import SparseGlobalMemory
 from decmem.ops.fp8 import Fp8Rows
+from decmem.ops.window import tiled_near_and_far
 
 
 class DecoupledMemory(Memory):
@@ -31,18 +32,29 @@ class DecoupledMemory(Memory):
         return nn.functional.linear(reading.features, weight, bias)
 
     def read(self, reading: Reading, coded: Coded, k: Tensor, v: Tensor) -> Tensor | Fp8Rows:
-        o_alm = self.near(self.anchored_local, reading, coded, k, v)
         if not reading.recall.global_memory:
-            return self.result(reading, o_alm)
+            return self.result(reading, self.near(self.anchored_local, reading, coded, k, v))
         lists = self._lists(reading, coded, k)
-        bank, scales = reading.bank, (None, None)
-        if bank is not None and k.dtype != coded.k.dtype:
-            scales = (bank.key_scale, bank.value_scale)
-        o_sgm = self.sparse_global(coded.q, k, v, lists, *scales, scale=coded.scale)
+        o_alm, o_sgm = self._branches(reading, coded, k, v, lists)
         gate = self.gate_logits(reading)
         if reading.recall.lens is not None:
             self._watch(reading, reading.recall.lens, lists, o_alm, o_sgm, gate)
         return self.result(reading, o_alm, o_sgm, gate)
+
+    def _branches(
+        self, reading: Reading, coded: Coded, k: Tensor, v: Tensor, lists: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """o_alm and o_sgm, not decoded; side by side where windows are read in the bank."""
+        bank, scales = reading.bank, (None, None)
+        if bank is not None and bank.desk is not None and bank.desk.tiles is not None:
+            counts, tiles = self.sparse_global.counts, bank.desk.tiles
+            both = tiled_near_and_far(coded.q, k, v, tiles, lists, counts, coded.scale)
+            if both is not None:
+                return both
+        if bank is not None and k.dtype != coded.k.dtype:
+            scales = (bank.key_scale, bank.value_scale)
+        o_alm = self.near(self.anchored_local, reading, coded, k, v)
+        return o_alm, self.sparse_global(coded.q, k, v, lists, *scales, scale=coded.scale)
 
     def _lists(self, reading: Reading, coded: Coded, k: Tensor) -> Tensor:
         """What every block of the pass reads: (B, G, Nq, K)."""

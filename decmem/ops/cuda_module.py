@@ -102,21 +102,38 @@ class Kernel:
         dynamic = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self._function, dynamic, self.shared_bytes + self.room))
 
-    def launch(self, programs: int, threads: int, more_bytes: int, *arguments: Any) -> None:
+    def launch(
+        self, programs: int, threads: int, more_bytes: int, *arguments: Any, early: bool = False
+    ) -> None:
         """On the current stream; `more_bytes` of shared memory beside what the code asks for.
 
         Arguments are tensors (their address), None (a null pointer), ints, floats and boxes.
+        `early`: programs may begin where the kernel launched just before leaves multiprocessors
+        idle, once all of its programs have begun (`let_next_begin`, hopper_cuda.cu); what they read
+        must have been there before that kernel began, and they may not end before it
+        (`end_after_last`).
         """
         _enter(self.device)
         held = [_argument(x) for x in arguments]
         places = (ctypes.c_void_p * len(held))(*(_address(x) for x in held))
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        _checked(
-            driver.cuLaunchKernel(
-                self._function, programs, 1, 1, threads, 1, 1, self.shared_bytes + more_bytes,
-                stream, ctypes.addressof(places), 0,
-            )
-        )  # fmt: skip
+        launch = driver.CUlaunchConfig()
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = programs, 1, 1
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
+        launch.sharedMemBytes, launch.hStream = self.shared_bytes + more_bytes, stream
+        launch.attrs, launch.numAttrs = ([_early()], 1) if early else ([], 0)
+        _checked(driver.cuLaunchKernelEx(launch, self._function, ctypes.addressof(places), 0))
+
+
+@functools.cache
+def _early() -> Any:
+    """What tells the driver that a kernel may begin before the last one has ended."""
+    value, attribute = driver.CUlaunchAttributeValue(), driver.CUlaunchAttribute()
+    value.programmaticStreamSerializationAllowed = 1
+    kinds = driver.CUlaunchAttributeID
+    attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    return attribute
 
 
 def _argument(x: Any) -> Any:

@@ -325,6 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
     int period, int split, const int2* __restrict__ rows, int query_lines, int result_world,
     int result_head, int result_step, float scale) {
   extern __shared__ char raw[];
+  let_next_begin();
   const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
   // Told by one thread, so that the compiler knows that the warp agrees.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
@@ -393,4 +394,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS_AT_ONCE) forward(
     work.attend(last - first);
     work.finish(out, lse, alm, gate, line, shift, row0, own);
   }
+  end_after_last();
 }

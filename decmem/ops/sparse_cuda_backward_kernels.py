@@ -103,9 +103,10 @@ def run_query_gradient(
 def run_key_gradient(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     grad: Tensor, lse: Tensor, delta: Tensor, tiles: CudaKeyTiles | None = None,
-    inverse: tuple[Tensor, Tensor] | None = None,
+    inverse: tuple[Tensor, Tensor] | None = None, taken: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dK and dV."""
+    """dK and dV. With `inverse` lists and `taken`, a zero, that were there before, the kernel may
+    begin where the one launched just before it, that of dQ, leaves multiprocessors idle."""
     B, H, NQ, PQ, D = q.shape
     NK, PK = k.shape[2:4]
     tiles = tiles or cuda_key_tiles(PQ, PK, D)
@@ -114,7 +115,8 @@ def run_key_gradient(
     keys, values = blocks(k), blocks(v)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     widths = (64, rest_columns(D) or 16)
-    taken = torch.zeros(1, dtype=torch.int32, device=q.device)
+    early = inverse is not None and taken is not None
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device) if taken is None else taken
     half = q.dtype == torch.float16
     kernel = _kernel("key_gradient", q.device, key_source, PQ, PK, D, tiles, half)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -126,6 +128,6 @@ def run_key_gradient(
         dk, dv, readers, offsets, valid, lse, delta, taken,
         B, H, lists.shape[1], NQ, NK, readers.shape[-1], int(lists.shape[0] > 1),
         keys.world, keys.head, values.world, values.head,
-        0 if valid is None else valid.shape[0], float(scale), float(scale * LOG2E),
+        0 if valid is None else valid.shape[0], float(scale), float(scale * LOG2E), early=early,
     )  # fmt: skip
     return dk, dv

@@ -103,10 +103,10 @@ def _launch(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     sizes: tuple[int, int, int], tiles: CudaTiles, target: Parts, alm: Tensor | None = None,
     gate: Tensor | None = None, split: int = 1, rows: Tensor | None = None,
-    lines: tuple[int, int, int, int] = (0, 0, 0, 0),
+    lines: tuple[int, int, int, int] = (0, 0, 0, 0), early: bool = False,
 ) -> None:  # fmt: skip
     """`sizes`: worlds of queries, their blocks, rows of a block. `rows`, `lines`: as the kernel
-    takes them."""
+    takes them; `early`: as `Kernel.launch`."""
     (B, NQ, PQ), H, D = sizes, q.shape[1], q.shape[-1]
     keys, values, slots = blocks(k), blocks(v), lists.shape[-1]
     kernel = _kernel(
@@ -124,15 +124,17 @@ def _launch(
         B, H, lists.shape[1], NQ, slots, 0 if lists.shape[0] == 1 else lists.stride(0),
         keys.world, keys.head, values.world, values.head,
         0 if valid is None else valid.shape[0], split, rows, *lines, float(scale * LOG2E),
+        early=early,
     )  # fmt: skip
 
 
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
     alm: Tensor | None = None, gate: Tensor | None = None, split: int | None = None,
-    tiles: CudaTiles | None = None,
+    tiles: CudaTiles | None = None, early: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `sparse_forward_kernels.run_forward`, for inputs without an `obstacle`."""
+    """As `sparse_forward_kernels.run_forward`, for inputs without an `obstacle`; `early`: as
+    `Kernel.launch`, of another forward pass that came just before."""
     B, H, NQ, PQ, D = q.shape
     PK = k.shape[3]
     tiles = tiles or cuda_tiles(PQ, PK, D, valid is not None)
@@ -144,7 +146,9 @@ def run_forward(
     target = Parts(out, lse) if split == 1 else Parts.like(q, split)
     alm, gate = _readable(alm, q), _readable(gate, q)
     joined = (alm, gate) if split == 1 else (None, None)
-    _launch(q, k, v, lists, valid, scale, (B, NQ, PQ), tiles, target, *joined, split=split)
+    _launch(
+        q, k, v, lists, valid, scale, (B, NQ, PQ), tiles, target, *joined, split=split, early=early
+    )  # fmt: skip
     if split > 1:
         merge(target, out, lse, alm, gate)
     return out, lse
@@ -152,7 +156,7 @@ def run_forward(
 
 def run_rows(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, valid: Tensor | None, scale: float,
-    rows: Tensor, lines: int,
+    rows: Tensor, lines: int = 0,
 ) -> Tensor:  # fmt: skip
     """As the operator `decmem::rows_attention`."""
     B, H, L, D = q.shape
@@ -166,3 +170,19 @@ def run_rows(
         q, k, v, lists, valid, scale, (B, NQ, PQ), tiles, target, rows=rows, lines=(L, *places)
     )  # fmt: skip
     return out
+
+
+def run_near_and_far(
+    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor | None, far: Tensor,
+    valid: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As the operator `decmem::near_and_far`."""
+    if rows is None:
+        tiles = q.unflatten(2, (near.shape[2], -1))
+        o_near = run_forward(tiles, k, v, near, valid, scale)[0].view_as(q)
+    else:
+        o_near = run_rows(q, k, v, near, valid, scale, rows)
+    o_far, _ = run_forward(
+        q.unflatten(2, (far.shape[2], -1)), k, v, far, valid, scale, early=True
+    )  # fmt: skip
+    return o_near, o_far.view_as(q)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from decmem.errors import UserError
 from decmem.ops import sparse_backward_kernels, sparse_forward_kernels, sparse_restore_kernels
+from decmem.ops.readers import inverse_lists
 from decmem.ops.reference import restored
 
 try:
@@ -80,9 +81,14 @@ def _backward(
     if _hopper_chosen(kernels, q, k, valid, lists) and faster is not None:
         of_queries = faster if faster.suits_queries(q, k, valid, lists.shape[-1]) else of_queries
         of_keys = faster if faster.suits_keys(q, k) else of_keys
-    dq = of_queries.run_query_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
-    dk, dv = of_keys.run_key_gradient(q, k, v, lists, valid, scale, grad, lse, delta)
-    return dq, dk, dv
+    known = q, k, v, lists, valid, scale, grad, lse, delta
+    more: dict[str, Any] = {}
+    if of_queries is of_keys is faster:
+        # Made first, so that nothing comes between: one kernel begins where the other ends.
+        more["inverse"] = inverse_lists(lists, k.shape[2])
+        more["taken"] = torch.zeros(1, dtype=torch.int32, device=q.device)
+    dq = of_queries.run_query_gradient(*known)
+    return dq, *of_keys.run_key_gradient(*known, **more)
 
 
 @_backward.register_fake
@@ -105,6 +111,21 @@ def _rows(
 def _(q, k, v, lists, valid, scale, rows, lines):
     B, H, _, D = q.shape
     return q.new_empty(B, lines, H, D) if lines else torch.empty_like(q)
+
+
+# Without gradients, for the kernels for Hopper GPUs alone.
+@torch.library.custom_op("decmem::near_and_far", mutates_args=())
+def _near_and_far(
+    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor | None, far: Tensor,
+    valid: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert sparse_cuda_kernels is not None
+    return sparse_cuda_kernels.run_near_and_far(q, k, v, near, rows, far, valid, scale)
+
+
+@_near_and_far.register_fake
+def _(q, k, v, near, rows, far, valid, scale):
+    return torch.empty_like(q), torch.empty_like(q)
 
 
 # What has no gradients: the join with a local branch, and keys and values stored in 8 bits.
@@ -195,6 +216,27 @@ def rows_attention(
     """
     q, lists, valid, scale = _settled(q, lists, valid, scale)
     return _rows(q, k, v, lists, valid, scale, rows, lines)
+
+
+def near_and_far_attention(
+    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor | None, far: Tensor,
+    valid: Tensor | None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both branches of a decoupled memory. The second kernel begins where the first, at its end,
+    leaves multiprocessors idle; so lists are made before. Limits as of `rows_attention`.
+
+    Args:
+        q: (B, H, L, D), lines of each head.
+        near: (1, 1, tiles, K), what the tiles of the window see.
+        rows: of these tiles, as of `rows_attention`; None: they lie side by side.
+        far: (#B, G, Nq, K), what blocks of queries, which lie side by side, have retrieved.
+
+    Returns:
+        o_alm and o_sgm, like q; lines of o_alm that no row names hold anything.
+    """
+    q, near, valid, scale = _settled(q, near, valid, scale)
+    far = far.to(torch.int32).contiguous()
+    return _near_and_far(q, k, v, near, rows, far, valid, scale)
 
 
 def decoupled_attention(

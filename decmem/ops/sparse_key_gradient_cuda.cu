@@ -409,4 +409,5 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) key_gradient
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     Group(shared, group, scale).work(factor);
   }
+  end_after_last();
 }

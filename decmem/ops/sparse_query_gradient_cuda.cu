@@ -148,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) query_gradient(
     int B, int H, int G, int NQ, int slots, int lists_world, int k_world, int k_head, int v_world, int v_head,
     int period, float factor, float scale) {
   extern __shared__ char raw[];
+  let_next_begin();
   const u32 shared = up((u32)__cvta_generic_to_shared(raw), 1024);
   // Told by one thread, so that the compiler knows that the warp agrees.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), group = warp / 4;

@@ -262,6 +262,31 @@ def tiled_attention(
     return out.view_as(q)
 
 
+def tiled_near_and_far(
+    q: Float[Tensor, "B H Tq S D"],
+    k: Float[Tensor, "B H room S D"],
+    v: Float[Tensor, "B H room S D"],
+    tiles: Tiles,
+    lists: Int[Tensor, "#B G Nq K"],
+    counts: Int[Tensor, " M"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "B H Tq S D"], Float[Tensor, "B H Tq S D"]] | None:
+    """`tiled_attention`, and that of the latents' M blocks over their `lists`, the second where the
+    first leaves the GPU idle; None where kernels do not do both."""
+    if counts is None or not lists.shape[-1] or k.dtype != q.dtype:
+        return None
+    from decmem.ops.sparse_kernels import hopper_obstacle, near_and_far_attention
+
+    keys, values = key_blocks(k, v, counts)
+    blocks = q.unflatten(3, (len(counts), -1)).flatten(2, 3)
+    if hopper_obstacle(blocks, keys, counts, lists) is not None:
+        return None
+    near, far = near_and_far_attention(
+        q.flatten(2, 3), keys, values, tiles.lists, tiles.rows, lists, counts, scale
+    )
+    return near.view_as(q), far.view_as(q)
+
+
 @functools.cache
 def _alone(latents: int) -> WindowTable:
     """Every latent sees itself only: attention inside latents as a window."""

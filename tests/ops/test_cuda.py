@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decmem.ops import coding_inference, reference, window
+from decmem.ops.block_sparse import block_sparse_attention
 from decmem.ops.sparse_tiles import CudaTiles, cuda_key_tiles, cuda_query_tiles, cuda_tiles
-from decmem.ops.window_blocks import token_rows
+from decmem.ops.window_blocks import tile_lists, token_rows
 
 if find_spec("triton") is None or find_spec("cuda") is None:
     pytest.skip("needs triton and cuda-bindings", allow_module_level=True)
@@ -321,6 +322,66 @@ def test_rows_may_lie_anywhere(D: int) -> None:
             got = (got.transpose(1, 2) if last else got)[:, :, lines.long()].unflatten(2, (5, 192))
             there = table[..., 0] >= 0
             assert torch.equal(got[:, :, there], side_by_side[:, :, there])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("rowed", [True, False])
+def test_branches_side_by_side_are_what_they_are_apart(rowed: bool) -> None:
+    """Also recorded, where the one launch after the other is an edge of its own kind."""
+    B, H, T, M = 2, 3, 4, 6
+    q, k, v, _ = inputs(B, H, 1, T * M, 160, 20 * M, 160, 72, 8, B, torch.bfloat16)
+    k, v = k.nan_to_num(), v.nan_to_num()
+    latents = [x.unflatten(2, (-1, M)).flatten(3, 4) for x in (q, k, v)]
+    counts = torch.tensor([154, 143, 143, 154, 143, 143], dtype=torch.int32, device="cuda")
+    kept = (torch.arange(960) % 160 < counts.cpu()[torch.arange(960) // 160]).nonzero().flatten()
+    table = torch.ones(T, 20, dtype=torch.bool)
+    table[:, 12:] = False
+    if rowed:
+        tiles = window.Tiles.of_tokens(window.WindowTable(table), kept, 960, 192, M)
+    else:
+        lists = tile_lists(table, 960, 192, M)
+        assert lists is not None
+        tiles = window.Tiles(lists, None)
+    tiles = tiles.on(q.device)
+    far = torch.rand(B, H, T * M, 20 * M, device="cuda").topk(80).indices.sort(-1).values.int()
+
+    def both() -> tuple[Tensor, Tensor]:
+        found = window.tiled_near_and_far(*latents, tiles, far, counts)
+        assert found is not None
+        return found
+
+    with torch.no_grad():
+        o_near = window.tiled_attention(*latents, tiles, counts)[:, :, :, kept]
+        o_far = block_sparse_attention(q, k, v, far, counts, backend="hopper").view_as(latents[0])
+        both()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = [both() for _ in range(4)]
+        graph.replay()
+        for near, there in (*recorded, *(both() for _ in range(4))):
+            assert torch.equal(near[:, :, :, kept], o_near)
+            assert torch.equal(there, o_far)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+def test_gradients_side_by_side_are_what_they_are_apart() -> None:
+    q, k, v, lists = inputs(2, 24, 24, 24, 160, 48, 160, 72, 20, 2, torch.bfloat16)
+    counts = torch.tensor([154, 143, 143], dtype=torch.int32, device="cuda")
+    leaves = [x.nan_to_num().requires_grad_() for x in (q, k, v)]
+    out = block_sparse_attention(*leaves, lists, counts, 72**-0.5, backend="hopper")
+    given = (*(x.detach() for x in leaves), lists, counts, 72**-0.5)
+    again, lse = sparse_cuda_kernels.run_forward(*given)
+    grad = torch.randn_like(out)
+    given += grad, lse, sparse_backward_kernels.run_delta(again, grad)
+    apart = (
+        sparse_cuda_backward_kernels.run_query_gradient(*given),
+        *sparse_cuda_backward_kernels.run_key_gradient(*given),
+    )
+    for _ in range(3):
+        got = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+        assert all(torch.equal(*pair) for pair in zip(got, apart, strict=True))
 
 
 @pytest.mark.gpu
