@@ -88,8 +88,10 @@ def encode(
             )
             if q is not None:
                 return Coded(q, *room[:2], scale=coding_inference.EXPONENT_SCALE)
-        given = spread(qkv, packing, 2)
-        coded = coding.encode_heads(given, gains, _groups(config), places, local=twice)
+        source, slots = (None, None) if packing is None else packing
+        coded = coding.encode_heads(
+            qkv, gains, _groups(config), places, local=twice, source=source, kept=slots
+        )
         return Coded(*coded) if twice else Coded(*coded[:3])
     q, k, v = (spread(x, packing, 3) for x in split_heads(qkv, gains, config.head_dim))
     q, k = encode_query(config, position, q), encode_key(config, position, k)
@@ -114,15 +116,8 @@ def decode(
     """R_cs o_alm + sigmoid(gate) R_cs o_sgm (eq. 3 and 13): the gate sees both branches in the
     frame of the present. Without `far` the local branch alone. Tokens come out side by side."""
     if coding.kernels_serve(local):
-        places = _places(position, None)
-        if packing is not None:
-            out = coding_inference.decode_packed_heads(
-                local, far, gate, _groups(config), places, packing.kept
-            )
-            if out is not None:
-                return out
-            gate = None if gate is None else spread(gate, packing, 2)
-        return kept(coding.decode_heads(local, far, gate, _groups(config), places), packing, 2)
+        places, slots = _places(position, None), None if packing is None else packing.kept
+        return coding.decode_heads(local, far, gate, _groups(config), places, slots)
     out = kept(decode_output(config, position, local), packing, 3)
     if far is not None and gate is not None:
         read = kept(decode_output(config, position, far), packing, 3)

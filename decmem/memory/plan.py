@@ -115,7 +115,7 @@ class Plan:
             seen = _of_blocks(self.cursor.candidates(), blocks)
             self._forms[blocks, q.device] = seen[0] if self.rows == 1 else seen[:, None]
         self.block_candidates(blocks, q.device)
-        self.windows.prepare(q)
+        self.windows.prepare(q, blocks)
 
     @property
     def rows(self) -> int:

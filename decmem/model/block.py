@@ -2,19 +2,19 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from decmem.memory import MEMORIES, Memory, MemoryConfig, MemoryName, PositionConfig, TokenLayout
 from decmem.memory.bank import LayerBank
 from decmem.memory.base import Reading, Recall
 from decmem.memory.coding import split_heads
-from decmem.memory.packing import Packing, kept, spread
+from decmem.memory.packing import Packing, spread
 from decmem.memory.plan import Plan
 from decmem.memory.position import Position, seeing
 from decmem.memory.surface import SurfaceDepth
 from decmem.model.linear import Projection, ScaledNorm
-from decmem.ops import coding, coding_inference
+from decmem.ops import coding
 from decmem.ops.fp8 import Fp8Rows, gelu_rows
 from decmem.ops.norm import (
     add_norm,
@@ -40,6 +40,16 @@ def _gains(q_norm: HeadGain | None, k_norm: HeadGain | None) -> Float[Tensor, "2
     return None if q_norm is None or k_norm is None else torch.stack((q_norm.gain, k_norm.gain))
 
 
+def _turn(places: Int[Tensor, "places 2"], head_dim: int) -> Rotation:
+    """2D rotary positions of rows and columns, over all channels of a head."""
+    axis = head_dim // 4 * 2
+    angles = (
+        rotary_angles(c, n, base=100.0)
+        for c, n in zip(places.unbind(-1), (axis, head_dim - axis), strict=True)
+    )
+    return rotation(torch.cat(tuple(angles), dim=-1))
+
+
 class SpatialAttention(nn.Module):
     """Self-attention inside one latent, 2D rotary positions over all channels of a head."""
 
@@ -52,18 +62,19 @@ class SpatialAttention(nn.Module):
         heads = width // head_dim
         self.q_norm = HeadGain(heads) if qk_norm else None
         self.k_norm = HeadGain(heads) if qk_norm else None
-        axis = head_dim // 4 * 2
-        row, column = (
-            rotary_angles(c, n, base=100.0)
-            for c, n in zip(layout.coordinates.unbind(-1), (axis, head_dim - axis), strict=True)
+        turn, of_slots = (
+            _turn(places, head_dim) for places in (layout.token_coordinates, layout.coordinates)
         )
-        turn = rotation(torch.cat((row, column), dim=-1))
         self.register_buffer("cos", turn.cos, persistent=False)
         self.register_buffer("sin", turn.sin, persistent=False)
         self.register_buffer("back", -turn.sin, persistent=False)
+        self.register_buffer("slot_cos", of_slots.cos, persistent=False)
+        self.register_buffer("slot_back", -of_slots.sin, persistent=False)
         self.cos: Tensor
         self.sin: Tensor
         self.back: Tensor
+        self.slot_cos: Tensor
+        self.slot_back: Tensor
         self.counts: Tensor | None
         self.register_buffer("counts", layout.counts, persistent=False)
 
@@ -71,17 +82,15 @@ class SpatialAttention(nn.Module):
         self, x: Float[Tensor, "B T tokens width"] | Fp8Rows
     ) -> Float[Tensor, "B T tokens width"]:
         qkv = self.qkv(x)
-        packing = self.layout.packing_on(qkv.device)
         if coding.kernels_serve(qkv) and self._kernels_serve(qkv):
-            coded = self._coded(qkv, packing, heads_last=False)
+            packing = self.layout.packing_on(qkv.device)
+            coded = self._coded(qkv, Rotation(self.slot_cos, self.slot_back), packing)
             rows = self.layout.rows_inside_on(qkv.device, qkv.shape[1])
             o = attention_inside(*coded, self.counts, rows, qkv.shape[2])
             return self.out(o.flatten(-2))
-        q, k, v = self._heads(qkv, packing)
-        valid = self.layout.valid_on(qkv.device)
-        mask = None if valid is None else valid.flatten()
-        o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[None])
-        return self.out(kept(o.transpose(1, 2).flatten(-2), packing, 1).unflatten(0, qkv.shape[:2]))
+        q, k, v = self._heads(qkv)
+        o = F.scaled_dot_product_attention(q, k, v)
+        return self.out(o.transpose(1, 2).flatten(-2).unflatten(0, qkv.shape[:2]))
 
     def _kernels_serve(self, qkv: Float[Tensor, "B T tokens three_width"]) -> bool:
         """Whether kernels made for attention across latents serve inside them too."""
@@ -94,34 +103,31 @@ class SpatialAttention(nn.Module):
     def _coded(
         self,
         qkv: Float[Tensor, "B T tokens three_width"],
-        packing: Packing | None,
-        heads_last: bool,
+        back: Rotation,
+        packing: Packing | None = None,
+        heads_last: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, in slots, by the kernel that norms and turns them."""
-        groups = coding.Groups(0, self.head_dim, 0, 0)
-        back = coding.Places(space=Rotation(self.cos, self.back))  # keys are turned back
+        """Queries, keys and values by the kernel that norms and turns them, `back` as it does with
+        keys; in slots with a `packing`."""
+        groups, places = coding.Groups(0, self.head_dim, 0, 0), coding.Places(space=back)
         gains = _gains(self.q_norm, self.k_norm)
-        if packing is not None:
-            coded = coding_inference.encode_packed_heads(
-                qkv, gains, groups, back, packing.spread, values=False, heads_last=heads_last
-            )
-            if coded is not None:
-                return coded
-        qkv = spread(qkv, packing, 2)
-        coded = coding.encode_heads(qkv, gains, groups, back, values=False, heads_last=heads_last)
-        return coded[:3]
+        source, slots = (None, None) if packing is None else packing
+        return coding.encode_heads(
+            qkv, gains, groups, places, values=False, heads_last=heads_last, source=source,
+            kept=slots,
+        )[:3]  # fmt: skip
 
     def _heads(
-        self, qkv: Float[Tensor, "B T tokens three_width"], packing: Packing | None
-    ) -> list[Float[Tensor, "BT H S D"]]:
+        self, qkv: Float[Tensor, "B T tokens three_width"]
+    ) -> list[Float[Tensor, "BT H tokens D"]]:
         """Queries, keys and values, latents as a batch: fused attention takes four dimensions."""
         gains = _gains(self.q_norm, self.k_norm)
         turn = Rotation(self.cos, self.sin)
         if coding.kernels_serve(qkv):
             # Fused attention leaves its output laid out like the queries: heads last, no copy.
-            coded = self._coded(qkv, packing, heads_last=True)
+            coded = self._coded(qkv, Rotation(self.cos, self.back), heads_last=True)
             return [part.flatten(0, 1).transpose(1, 2) for part in coded]
-        q, k, v = (spread(x, packing, 3) for x in split_heads(qkv, gains, self.head_dim))
+        q, k, v = split_heads(qkv, gains, self.head_dim)
         q, k = (rotate_pairs(part, turn).to(qkv.dtype) for part in (q, k))
         return [part.movedim(1, 2).flatten(0, 1) for part in (q, k, v)]
 

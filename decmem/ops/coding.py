@@ -8,7 +8,7 @@ patches and times are given, not learned.
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from decmem.ops.rotary import Rotation
@@ -55,9 +55,8 @@ def _grid(x: Tensor, groups: list[int]) -> tuple[int, int, dict[str, Any]]:
     return tokens, -(-tokens // _ROWS), constants
 
 
-def _heads_grid(x: Tensor, H: int, groups: list[int]) -> tuple[tuple[int, int], dict[str, Any]]:
+def _heads_grid(tokens: int, H: int, groups: list[int]) -> tuple[tuple[int, int], dict[str, Any]]:
     """Programs by tokens and by heads, and the compile-time constants of the kernels forward."""
-    tokens = x.shape[0] * x.shape[1] * x.shape[2]
     heads = min(_HEADS, 1 << (H - 1).bit_length())
     constants = _constants(groups) | {"ROWS": heads, "num_warps": _HEAD_WARPS}
     return (tokens, -(-H // heads)), constants
@@ -82,13 +81,14 @@ def _encode(
     qkv: Tensor, gains: Tensor | None, query_matrix: Tensor | None, key_matrix: Tensor | None,
     space_cos: Tensor | None, space_sin: Tensor | None,
     surface_cos: Tensor | None, surface_sin: Tensor | None,
-    time_cos: Tensor | None, time_sin: Tensor | None,
+    time_cos: Tensor | None, time_sin: Tensor | None, source: Tensor | None, kept: Tensor | None,
     groups: list[int], local: bool, values: bool, heads_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from decmem.ops.coding_kernels import _encode_kernel
 
-    q, k, v, local_q, local_k = out = _encoded(qkv, groups, local, heads_last)
-    T, S, H = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups))
+    q, k, v, local_q, local_k = out = _encoded(qkv, source, groups, local, heads_last)
+    B, T, tokens, channels = qkv.shape
+    S, H = tokens if source is None else len(source), channels // (3 * sum(groups))
     if coding_cuda_kernels is not None and coding_cuda_kernels.suits(qkv, H, groups):
         tables = (
             query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
@@ -96,24 +96,26 @@ def _encode(
         )  # fmt: skip
         coding_cuda_kernels.run_encode(
             qkv, gains, tables, out, groups, EPS, local=local, values=values,
-            heads_last=heads_last,
+            heads_last=heads_last, source=source,
         )  # fmt: skip
         return q, k, v, local_q, local_k
-    grid, constants = _heads_grid(qkv, H, groups)
+    grid, constants = _heads_grid(B * T * S, H, groups)
     _encode_kernel[grid](
         qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
-        time_cos, time_sin, q, k, v, local_q, local_k, grid[0], T, S, H, **constants,
-        TURNED=surface_cos is not None, NORMED=gains is not None,
+        time_cos, time_sin, source, q, k, v, local_q, local_k, grid[0], T, S, tokens, H,
+        **constants, TURNED=surface_cos is not None, NORMED=gains is not None,
         TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values,
-        HEADS_LAST=heads_last, EPS=EPS,
+        HEADS_LAST=heads_last, PACKED=source is not None, EPS=EPS,
     )  # fmt: skip
     return q, k, v, local_q, local_k
 
 
-def _encoded(qkv: Tensor, groups: list[int], local: bool, heads_last: bool) -> list[Tensor]:
+def _encoded(
+    qkv: Tensor, source: Tensor | None, groups: list[int], local: bool, heads_last: bool
+) -> list[Tensor]:
     """Room for what is encoded."""
-    B, T, S, channels = qkv.shape
-    D = sum(groups)
+    B, T, tokens, channels = qkv.shape
+    D, S = sum(groups), tokens if source is None else len(source)
     H = channels // (3 * D)
     shape = (B, T, S, H, D) if heads_last else (B, H, T, S, D)
     none = (0,)
@@ -123,9 +125,9 @@ def _encoded(qkv: Tensor, groups: list[int], local: bool, heads_last: bool) -> l
 @_encode.register_fake
 def _(
     qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
-    time_cos, time_sin, groups, local, values, heads_last,
+    time_cos, time_sin, source, kept, groups, local, values, heads_last,
 ):  # fmt: skip
-    return tuple(_encoded(qkv, groups, local, heads_last))
+    return tuple(_encoded(qkv, source, groups, local, heads_last))
 
 
 @torch.library.custom_op("decmem::encode_heads_backward", mutates_args=())
@@ -133,31 +135,36 @@ def _encode_backward(
     qkv: Tensor, gains: Tensor | None, query_matrix: Tensor | None, key_matrix: Tensor | None,
     space_cos: Tensor | None, space_sin: Tensor | None,
     surface_cos: Tensor | None, surface_sin: Tensor | None,
-    time_cos: Tensor | None, time_sin: Tensor | None,
+    time_cos: Tensor | None, time_sin: Tensor | None, source: Tensor | None, kept: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, local_dq: Tensor, local_dk: Tensor,
     groups: list[int], local: bool, values: bool, heads_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from decmem.ops.coding_kernels import _encode_gradient_kernel
 
     tokens, programs, constants = _grid(qkv, groups)
-    T, S, H = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups))
+    T, N, H = qkv.shape[1], qkv.shape[2], qkv.shape[3] // (3 * sum(groups))
+    S = N if source is None else len(source)
     out = torch.empty_like(qkv)
     parts = qkv.new_empty((programs, 2, H) if gains is not None else (0,), dtype=torch.float32)
-    cos_grad, sin_grad = _surface_grads(qkv, surface_cos, groups)
+    cos_grad, sin_grad = _surface_grads(qkv, S, surface_cos, groups)
     _encode_gradient_kernel[(programs,)](
         qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
-        time_cos, time_sin, dq, dk, dv, local_dq, local_dk, out, parts, cos_grad, sin_grad,
-        tokens, T, S, H, **constants, TURNED=surface_cos is not None, NORMED=gains is not None,
+        time_cos, time_sin, kept, dq, dk, dv, local_dq, local_dk, out, parts, cos_grad, sin_grad,
+        tokens, T, S, N, H, **constants, TURNED=surface_cos is not None, NORMED=gains is not None,
         TIMED=time_cos is not None and not local, LOCAL=local, VALUES=values,
-        HEADS_LAST=heads_last, EPS=EPS,
+        HEADS_LAST=heads_last, PACKED=kept is not None, EPS=EPS,
     )  # fmt: skip
     return out, parts, cos_grad, sin_grad
 
 
-def _surface_grads(x: Tensor, surface: Tensor | None, groups: list[int]) -> tuple[Tensor, Tensor]:
-    """Room for gradients of the surface's rotation, a number for each of a pair's two channels."""
-    shape = (0,) if surface is None else (*x.shape[:3], groups[2])
-    return (x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32))
+def _surface_grads(
+    x: Tensor, S: int, surface: Tensor | None, groups: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Room for gradients of the surface's rotation, a number for each of a pair's two channels; of
+    slots, 0 where no token is."""
+    shape = (0,) if surface is None else (*x.shape[:2], S, groups[2])
+    make = x.new_empty if x.shape[2] == S else x.new_zeros
+    return make(shape, dtype=torch.float32), make(shape, dtype=torch.float32)
 
 
 def _of_pairs(grad: Tensor) -> Tensor:
@@ -168,18 +175,20 @@ def _of_pairs(grad: Tensor) -> Tensor:
 @_encode_backward.register_fake
 def _(
     qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
-    time_cos, time_sin, dq, dk, dv, local_dq, local_dk, groups, local, values, heads_last,
+    time_cos, time_sin, source, kept, dq, dk, dv, local_dq, local_dk, groups, local, values,
+    heads_last,
 ):  # fmt: skip
     tokens = qkv.shape[0] * qkv.shape[1] * qkv.shape[2]
     H = qkv.shape[3] // (3 * sum(groups))
     shape = (0,) if gains is None else (-(-tokens // _ROWS), 2, H)
     parts = qkv.new_empty(shape, dtype=torch.float32)
-    return torch.empty_like(qkv), parts, *_surface_grads(qkv, surface_cos, groups)
+    S = qkv.shape[2] if source is None else len(source)
+    return torch.empty_like(qkv), parts, *_surface_grads(qkv, S, surface_cos, groups)
 
 
 def _encode_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:10])
-    ctx.options = inputs[10:]
+    ctx.save_for_backward(*inputs[:12])
+    ctx.options = inputs[12:]
 
 
 def _encode_autograd(ctx: Any, *grads: Tensor) -> tuple:
@@ -189,7 +198,7 @@ def _encode_autograd(ctx: Any, *grads: Tensor) -> tuple:
     )
     gains = None if saved[1] is None else parts.sum(0)
     turn = (None, None) if saved[6] is None else (_of_pairs(cos_grad), _of_pairs(sin_grad))
-    return out, gains, None, None, None, None, *turn, None, None, None, None, None, None
+    return out, gains, None, None, None, None, *turn, *((None,) * 8)
 
 
 _encode.register_autograd(_encode_autograd, setup_context=_encode_context)
@@ -199,62 +208,70 @@ _encode.register_autograd(_encode_autograd, setup_context=_encode_context)
 def _decode(
     o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
     space_cos: Tensor | None, space_sin: Tensor | None,
-    surface_cos: Tensor | None, surface_sin: Tensor | None, groups: list[int],
+    surface_cos: Tensor | None, surface_sin: Tensor | None, kept: Tensor | None, groups: list[int],
 ) -> Tensor:  # fmt: skip
     B, H, T, S, D = o.shape
-    out, cuda = o.new_empty(B, T, S, H * D), coding_cuda_kernels
+    out, cuda = _decoded(o, kept), coding_cuda_kernels
     if cuda is not None and cuda.suits(o, H, groups, far, gate):
         tables = matrix, space_cos, space_sin, surface_cos, surface_sin
-        cuda.run_decode(o, far, gate, tables, groups, out)
+        cuda.run_decode(o, far, gate, tables, groups, out, kept=kept)
         return out
     from decmem.ops.coding_kernels import _decode_kernel
 
-    grid, constants = _heads_grid(out, H, groups)
+    grid, constants = _heads_grid(out.shape[0] * T * out.shape[2], H, groups)
     _decode_kernel[grid](
-        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, out,
-        grid[0], T, S, H, **constants, TURNED=surface_cos is not None, GATED=far is not None,
-        PER_HEAD=gate is not None and gate.shape[-1] == H,
+        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, kept, out,
+        grid[0], T, S, out.shape[2], H, **constants, TURNED=surface_cos is not None,
+        GATED=far is not None, PER_HEAD=gate is not None and gate.shape[-1] == H,
+        PACKED=kept is not None,
     )  # fmt: skip
     return out
 
 
-@_decode.register_fake
-def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, groups):
+def _decoded(o: Tensor, kept: Tensor | None) -> Tensor:
+    """Room for what is decoded."""
     B, H, T, S, D = o.shape
-    return o.new_empty(B, T, S, H * D)
+    return o.new_empty(B, T, S if kept is None else len(kept), H * D)
+
+
+@_decode.register_fake
+def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, kept, groups):
+    return _decoded(o, kept)
 
 
 @torch.library.custom_op("decmem::decode_heads_backward", mutates_args=())
 def _decode_backward(
     o: Tensor, far: Tensor | None, gate: Tensor | None, matrix: Tensor | None,
     space_cos: Tensor | None, space_sin: Tensor | None,
-    surface_cos: Tensor | None, surface_sin: Tensor | None, grad: Tensor, groups: list[int],
+    surface_cos: Tensor | None, surface_sin: Tensor | None, kept: Tensor | None, grad: Tensor,
+    groups: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from decmem.ops.coding_kernels import _decode_gradient_kernel
 
     B, H, T, S, D = o.shape
     tokens, programs, constants = _grid(grad, groups)
-    cos_grad, sin_grad = _surface_grads(grad, surface_cos, groups)
-    do = torch.empty_like(o)
-    dfar, dgate = (o.new_empty((0,) if x is None else x.shape) for x in (far, gate))
+    cos_grad, sin_grad = _surface_grads(grad, S, surface_cos, groups)
+    make = torch.empty_like if kept is None else torch.zeros_like
+    do, dfar = make(o), o.new_empty(0) if far is None else make(far)
+    dgate = o.new_empty((0,) if gate is None else gate.shape)
     _decode_gradient_kernel[(programs,)](
-        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, grad,
-        do, dfar, dgate, cos_grad, sin_grad, tokens, T, S, H, **constants,
+        o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, kept, grad,
+        do, dfar, dgate, cos_grad, sin_grad, tokens, T, S, grad.shape[2], H, **constants,
         TURNED=surface_cos is not None, GATED=far is not None,
-        PER_HEAD=gate is not None and gate.shape[-1] == H,
+        PER_HEAD=gate is not None and gate.shape[-1] == H, PACKED=kept is not None,
     )  # fmt: skip
     return do, dfar, dgate, cos_grad, sin_grad
 
 
 @_decode_backward.register_fake
-def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, grad, groups):
+def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, kept, grad, groups):
     rest = (o.new_empty((0,) if x is None else x.shape) for x in (far, gate))
-    return torch.empty_like(o), *rest, *_surface_grads(grad, surface_cos, groups)
+    return torch.empty_like(o), *rest, *_surface_grads(grad, o.shape[3], surface_cos, groups)
 
 
 def _decode_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.groups = inputs[8]
+    ctx.save_for_backward(*inputs[:9])
+    ctx.groups = inputs[9]
 
 
 def _decode_autograd(ctx: Any, grad: Tensor) -> tuple:
@@ -262,7 +279,7 @@ def _decode_autograd(ctx: Any, grad: Tensor) -> tuple:
     do, dfar, dgate, cos_grad, sin_grad = _decode_backward(*saved, grad.contiguous(), ctx.groups)
     gated = (None, None) if saved[1] is None else (dfar, dgate)
     turn = (None, None) if saved[6] is None else (_of_pairs(cos_grad), _of_pairs(sin_grad))
-    return do, *gated, None, None, None, *turn, None
+    return do, *gated, None, None, None, *turn, None, None
 
 
 _decode.register_autograd(_decode_autograd, setup_context=_decode_context)
@@ -293,7 +310,7 @@ def decoding_tables(places: Places) -> list[Tensor | None]:
 
 
 def encode_heads(
-    qkv: Float[Tensor, "B T S three_width"],
+    qkv: Float[Tensor, "B T tokens three_width"],
     gains: Float[Tensor, "2 H"] | None,
     groups: Groups,
     places: Places,
@@ -301,6 +318,8 @@ def encode_heads(
     local: bool = False,
     values: bool = True,
     heads_last: bool = False,
+    source: Int[Tensor, "S"] | None = None,
+    kept: Int[Tensor, "tokens"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values, normed and coded, heads first.
 
@@ -309,28 +328,32 @@ def encode_heads(
         places: shapes (B, T, 4, 4), (S, pairs), (B, T, S, pairs), (T, pairs).
         local: turn time not in queries and keys, but in a second pair of them.
         values: code values as keys are, time apart. heads_last: (B, T, S, H, D).
+        source, kept: the token of each slot, the slot of each token; None: there are as many of
+            both. Gradients of slots without a token of their own are left out.
 
     Returns:
         q, k, v, and where asked for q and k with time; (B, H, T, S, D) each.
     """
     return _encode(
-        qkv.contiguous(), fp32_table(gains), *encoding_tables(places), list(groups), local, values,
-        heads_last,
+        qkv.contiguous(), fp32_table(gains), *encoding_tables(places), source, kept, list(groups),
+        local, values, heads_last,
     )  # fmt: skip
 
 
 def decode_heads(
     o: Float[Tensor, "B H T S D"],
     far: Float[Tensor, "B H T S D"] | None,
-    gate: Float[Tensor, "B T S gates"] | None,
+    gate: Float[Tensor, "B T tokens gates"] | None,
     groups: Groups,
     places: Places,
-) -> Float[Tensor, "B T S width"]:
+    kept: Int[Tensor, "tokens"] | None = None,
+) -> Float[Tensor, "B T tokens width"]:
     """R_cs o + sigmoid(gate) R_cs far (equations 3 and 13), heads last.
 
-    `gate`: one number per channel, or per head.
+    `gate`: one number per channel, or per head. `kept`: the slot of each token; None: there are as
+    many of both.
     """
     return _decode(
         o.contiguous(), None if far is None else far.contiguous(),
-        None if gate is None else gate.contiguous(), *decoding_tables(places), list(groups),
+        None if gate is None else gate.contiguous(), *decoding_tables(places), kept, list(groups),
     )  # fmt: skip

@@ -3,8 +3,10 @@
 `encode_heads` takes the fused projection of queries, keys and values, norms queries and keys, codes
 their channels by position and puts heads first, or leaves them last. `decode_heads` undoes the
 position on what was read, weighs the global branch by the gate, adds the local one and puts heads
-last. Arithmetic is fp32, each number is read and written once, and nothing but the operands is kept
-for gradients. What is computed, in plain PyTorch: `decmem.memory.coding`.
+last. Heads lie in slots; projections and gates are of tokens, which may be fewer (PACKED): then
+SOURCE tells the token of each slot and KEPT the slot of each token. Arithmetic is fp32, each number
+is read and written once, and nothing but the operands is kept for gradients. What is computed, in
+plain PyTorch: `decmem.memory.coding`.
 
 A head's channels lie in groups, camera | space | surface | time. Camera channels are multiplied by
 a matrix, four by four; those of another group are turned in pairs, (i, i + half). On the way there
@@ -128,13 +130,32 @@ def _place(bt, s, T, S, H, D: tl.constexpr, HEADS_LAST: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _token_of(SOURCE, bt, s, S, TOKENS, ok, PACKED: tl.constexpr):
+    """Of slots their tokens, among those of all latents."""
+    if PACKED:
+        return bt * TOKENS + tl.load(SOURCE + s, mask=ok, other=0)
+    return bt * S + s
+
+
+@triton.jit
+@no_type_check
+def _slot_of(KEPT, n, S, TOKENS, ok, PACKED: tl.constexpr):
+    """Of tokens, counted over all latents, these and their slots there."""
+    bt, s = n // TOKENS, n % TOKENS
+    if PACKED:
+        s = tl.load(KEPT + s, mask=ok, other=0).to(tl.int32)
+    return bt, s
+
+
+@triton.jit
+@no_type_check
 def _encode_kernel(
     QKV, GAINS, QUERY_MATRIX, KEY_MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN,
-    TIME_COS, TIME_SIN, Q, K, V, LOCAL_Q, LOCAL_K, N, T, S, H,
+    TIME_COS, TIME_SIN, SOURCE, Q, K, V, LOCAL_Q, LOCAL_K, N, T, S, TOKENS, H,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
     TURNED: tl.constexpr, NORMED: tl.constexpr, TIMED: tl.constexpr, LOCAL: tl.constexpr,
-    VALUES: tl.constexpr, HEADS_LAST: tl.constexpr, EPS: tl.constexpr,
+    VALUES: tl.constexpr, HEADS_LAST: tl.constexpr, PACKED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) + tl.arange(0, 1)
     h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -159,7 +180,7 @@ def _encode_kernel(
     if CAMERA > 0:
         of_queries = _matrix(QUERY_MATRIX, bt, e, ok, CAMERA, True)
         of_keys = _matrix(KEY_MATRIX, bt, e, ok, CAMERA, False)
-    source = n.to(tl.int64) * (3 * H * D)
+    source = _token_of(SOURCE, bt, s, S, TOKENS, ok, PACKED).to(tl.int64) * (3 * H * D)
     target, step = _place(bt, s, T, S, H, D, HEADS_LAST)
     place, first = target + h * step, source + h * D
     # All reading from afar begins before the first store, behind which no load may slip.
@@ -198,23 +219,24 @@ def _encode_kernel(
 @no_type_check
 def _encode_gradient_kernel(
     QKV, GAINS, QUERY_MATRIX, KEY_MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN,
-    TIME_COS, TIME_SIN, Q, K, V, LOCAL_Q, LOCAL_K, OUT, GAIN_PARTS, COS_GRAD, SIN_GRAD,
-    N, T, S, H,
+    TIME_COS, TIME_SIN, KEPT, Q, K, V, LOCAL_Q, LOCAL_K, OUT, GAIN_PARTS, COS_GRAD, SIN_GRAD,
+    N, T, S, TOKENS, H,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
     TURNED: tl.constexpr, NORMED: tl.constexpr, TIMED: tl.constexpr, LOCAL: tl.constexpr,
-    VALUES: tl.constexpr, HEADS_LAST: tl.constexpr, EPS: tl.constexpr,
+    VALUES: tl.constexpr, HEADS_LAST: tl.constexpr, PACKED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Q, K, V, LOCAL_Q and LOCAL_K are gradients here; everything as in `_encode_kernel`."""
+    """Q, K, V, LOCAL_Q and LOCAL_K are gradients here, and rows are tokens, not slots; everything
+    else as in `_encode_kernel`."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = n < N
-    bt, s = n // S, n % S
-    t = bt % T
+    bt, s = _slot_of(KEPT, n, S, TOKENS, ok, PACKED)
+    t, slot = bt % T, bt * S + s
     d, e = tl.arange(0, WIDTH), tl.arange(0, E)
     partner, sign, pair = _pairs(d, CAMERA, SPACE, SURFACE, TIME)
     behind, ahead = (d >= CAMERA) & (d < D), e < CAMERA
     cos, sin = _turns(
-        SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, n, s, d, pair, ok,
+        SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, slot, s, d, pair, ok,
         ROWS, WIDTH, CAMERA, SPACE, SURFACE, TURNED,
     )  # fmt: skip
     sin *= sign[None, :]
@@ -287,7 +309,7 @@ def _encode_gradient_kernel(
     if TURNED and SURFACE > 0:
         SURFACE_AT: tl.constexpr = CAMERA + SPACE
         inside = (d >= SURFACE_AT) & (d < SURFACE_AT + SURFACE)
-        at = n.to(tl.int64) * SURFACE - SURFACE_AT
+        at = slot.to(tl.int64) * SURFACE - SURFACE_AT
         _store(COS_GRAD, at, d, cos_grad, ok, inside)
         _store(SIN_GRAD, at, d, sin_grad * sign[None, :], ok, inside)
 
@@ -305,20 +327,21 @@ def _open(GATE, nh, c, ok, C: tl.constexpr, PER_HEAD: tl.constexpr):
 @triton.jit
 @no_type_check
 def _decode_kernel(
-    LOCAL, FAR, GATE, MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, OUT, N, T, S, H,
+    LOCAL, FAR, GATE, MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, KEPT, OUT,
+    N, T, S, TOKENS, H,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
-    TURNED: tl.constexpr, GATED: tl.constexpr, PER_HEAD: tl.constexpr,
+    TURNED: tl.constexpr, GATED: tl.constexpr, PER_HEAD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) + tl.arange(0, 1)
     h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     ok, live = n < N, h < H
-    bt, s = n // S, n % S
+    bt, s = _slot_of(KEPT, n, S, TOKENS, ok, PACKED)
     d, e = tl.arange(0, WIDTH), tl.arange(0, E)
     partner, sign, pair = _pairs(d, CAMERA, SPACE, SURFACE, TIME)
     behind, ahead = (d >= CAMERA) & (d < D), e < CAMERA
     cos, sin = _turns(
-        SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, n, s, d, pair, ok,
+        SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, bt * S + s, s, d, pair, ok,
         1, WIDTH, CAMERA, SPACE, SURFACE, TURNED,
     )  # fmt: skip
     sin *= sign[None, :]
@@ -342,20 +365,21 @@ def _decode_kernel(
 @triton.jit
 @no_type_check
 def _decode_gradient_kernel(
-    LOCAL, FAR, GATE, MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, GRAD,
-    LOCAL_GRAD, FAR_GRAD, GATE_GRAD, COS_GRAD, SIN_GRAD, N, T, S, H,
+    LOCAL, FAR, GATE, MATRIX, SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, KEPT, GRAD,
+    LOCAL_GRAD, FAR_GRAD, GATE_GRAD, COS_GRAD, SIN_GRAD, N, T, S, TOKENS, H,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr,
     CAMERA: tl.constexpr, SPACE: tl.constexpr, SURFACE: tl.constexpr, TIME: tl.constexpr,
-    TURNED: tl.constexpr, GATED: tl.constexpr, PER_HEAD: tl.constexpr,
+    TURNED: tl.constexpr, GATED: tl.constexpr, PER_HEAD: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = n < N
-    bt, s = n // S, n % S
+    bt, s = _slot_of(KEPT, n, S, TOKENS, ok, PACKED)
+    slot = bt * S + s
     d, e = tl.arange(0, WIDTH), tl.arange(0, E)
     partner, sign, pair = _pairs(d, CAMERA, SPACE, SURFACE, TIME)
     behind, ahead = (d >= CAMERA) & (d < D), e < CAMERA
     cos, sin = _turns(
-        SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, n, s, d, pair, ok,
+        SPACE_COS, SPACE_SIN, SURFACE_COS, SURFACE_SIN, slot, s, d, pair, ok,
         ROWS, WIDTH, CAMERA, SPACE, SURFACE, TURNED,
     )  # fmt: skip
     sin *= sign[None, :]
@@ -411,6 +435,6 @@ def _decode_gradient_kernel(
     if TURNED and SURFACE > 0:
         SURFACE_AT: tl.constexpr = CAMERA + SPACE
         inside = (d >= SURFACE_AT) & (d < SURFACE_AT + SURFACE)
-        at = n * SURFACE - SURFACE_AT
+        at = slot.to(tl.int64) * SURFACE - SURFACE_AT
         _store(COS_GRAD, at, d, cos_grad, ok, inside)
         _store(SIN_GRAD, at, d, -sin_grad * sign[None, :], ok, inside)

@@ -28,7 +28,7 @@ __device__ __forceinline__ void bar_wait(u32 bar, u32 parity) {
 }
 // Kernels side by side: once all programs of one have said so, the next, if launched `early`, may begin where
 // there is room. It reads what was there before; no program of it ends before the other kernel has, so that what
-// follows waits for both. One thread waits: where all did, programs that began early took a tenth longer.
+// follows waits for both.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void end_after_last() {
   if (threadIdx.x == 0) asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -124,11 +124,22 @@ class WindowTable:
             self._forms[form] = None if lists is None else lists.to(device)
         return self._forms[form]  # pyright: ignore[reportReturnType]
 
-    def prepare(self, q: Float[Tensor, "B H Tq S D"]) -> None:
-        """Makes what `window_attention` will ask for with queries like these."""
+    def hopper_lists(
+        self, q: Float[Tensor, "B H Tq S D"], size: int
+    ) -> Int[Tensor, "1 1 tiles K"] | None:
+        """`tile_lists` of queries that lie like `q`, and of blocks of `size` keys."""
+        S = q.shape[3]
+        rows = tile_rows(q.shape[2] * S)
+        return self.tile_lists(S, rows, S // size, q.device) if rows and size else None
+
+    def prepare(self, q: Float[Tensor, "B H Tq S D"], blocks: int = 1) -> None:
+        """Makes what `window_attention` will ask for with queries like these, of latents of so many
+        blocks."""
         if choose_backend("auto", q) == "triton":
             if self.few_runs:
                 self.tiles(choose_launches(q), q.shape[3], q.device)
+                for size in {q.shape[3] // blocks, block_size(q.shape[3], None)}:
+                    self.hopper_lists(q, size)
             else:
                 self.rows(q.device)
 
@@ -148,8 +159,8 @@ def window_attention(
     `valid` marks the token slots of a latent that hold a token. `k` and `v` may have more latents
     than the table has columns (a bank's spare room); those are never read. Keys of one world may
     serve the queries of many. `counts` may say what `valid` says block by block: how many tokens
-    each of the M equal blocks of a latent holds, where they come first. Then, without gradients,
-    the block-sparse kernels for Hopper GPUs do the work where windows suit their tiles. `scale`
+    each of the M equal blocks of a latent holds, where they come first. Then the block-sparse
+    kernels for Hopper GPUs do the work on the way there where windows suit their tiles. `scale`
     defaults to D^-1/2.
     """
     S, Tk = q.shape[3], windows.table.shape[1]
@@ -158,7 +169,8 @@ def window_attention(
     slots = None if valid is None else valid[None]
     asked, backend = backend, choose_backend(backend, q)
     kernels = backend == "hopper" or (asked == "auto" and backend == "triton")
-    if kernels and (valid is None or counts is not None):
+    kernels = kernels and (valid is None or counts is not None)
+    if kernels:
         blocks = _for_hopper(q, k[:, :, :Tk], v[:, :, :Tk], windows, counts)
         if blocks is not None:
             return block_sparse_attention(*blocks, scale, backend="hopper").view_as(q)
@@ -169,7 +181,10 @@ def window_attention(
             k, v = k[:, :, :Tk], v[:, :, :Tk]
         launches = choose_launches(q)
         tiles = windows.tiles(launches, S, q.device)
-        return window_kernels.window_attention(q, k, v, tiles, valid, launches, scale)
+        lists = windows.hopper_lists(q, block_size(S, counts)) if kernels else None
+        return window_kernels.window_attention(
+            q, k, v, tiles, valid, launches, scale, lists, counts
+        )
     if backend == "triton":
         rows = windows.rows(q.device)[None, None]
         return block_sparse_attention(q, k, v, rows, slots, scale, backend)
@@ -344,9 +359,7 @@ def _for_hopper(
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if learning or torch.compiler.is_compiling():
         return None
-    S = q.shape[3]
-    rows, size = tile_rows(q.shape[2] * S), block_size(S, counts)
-    lists = windows.tile_lists(S, rows, S // size, q.device) if rows and size else None
+    lists = windows.hopper_lists(q, block_size(q.shape[3], counts))
     if lists is None:
         return None
     from decmem.ops.sparse_kernels import hopper_obstacle

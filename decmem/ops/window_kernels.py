@@ -19,6 +19,7 @@ import triton.language as tl
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from decmem.ops.window_blocks import WindowBlocks, window_blocks
 from decmem.ops.window_launches import Launch, Launches, head_pieces
 from decmem.ops.window_tiles import tile_latents
 
@@ -430,14 +431,30 @@ def key_gradient(
 @torch.library.custom_op("decmem::window_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tensor], words: Tensor | None,
-    launches: Sequence[int], scale: float | None,
+    launches: Sequence[int], scale: float | None, lists: Tensor | None, counts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = _heads(q), _heads(k), _heads(v)
+    if lists is not None:
+        found = _forward_on_hopper(window_blocks(q, k, v, lists, counts), _scale(q, scale))
+        if found is not None:
+            return found[0].view(q.shape), found[1].view(q.shape[:4])
     return forward(q, k, v, tiles[0], words, Launches.unpack(launches).forward, scale)
 
 
+def _forward_on_hopper(x: WindowBlocks, scale: float) -> tuple[Tensor, Tensor] | None:
+    """The same of tiles and blocks, by the kernels for Hopper GPUs; None where these do not serve.
+    What they leave for gradients is what `forward` leaves."""
+    from decmem.ops.sparse_kernels import hopper_obstacle, sparse_cuda_kernels
+
+    if hopper_obstacle(x.q, x.k, x.valid, x.lists) or sparse_cuda_kernels is None:
+        return None
+    return sparse_cuda_kernels.run_forward(
+        x.q.contiguous(), x.k, x.v, x.lists, x.valid, scale
+    )  # fmt: skip
+
+
 @_forward.register_fake
-def _(q, k, v, tiles, words, launches, scale):
+def _(q, k, v, tiles, words, launches, scale, lists, counts):
     return q.new_empty(q.shape), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
@@ -458,7 +475,7 @@ def _(q, k, v, tiles, words, launches, out, lse, grad, scale):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, tiles, words, launches, scale = inputs
+    q, k, v, tiles, words, launches, scale, *_ = inputs
     ctx.save_for_backward(q, k, v, words, *output, *tiles)
     ctx.launches, ctx.scale = launches, scale
 
@@ -466,7 +483,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, _grad_lse):
     q, k, v, words, out, lse, *tiles = ctx.saved_tensors
     grads = _backward(q, k, v, tiles, words, ctx.launches, out, lse, grad, ctx.scale)
-    return *grads, [None] * len(tiles), None, None, None
+    return *grads, [None] * len(tiles), None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -480,6 +497,8 @@ def window_attention(
     valid: Tensor | None,
     launches: Launches,
     scale: float | None = None,
+    lists: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Attention over windows; `decmem.ops.window.window_attention` says what of.
 
@@ -488,7 +507,9 @@ def window_attention(
         tiles: of the table for the forward pass, dQ, and dK and dV, of the launches' sizes; the
             first alone where no gradient is wanted.
         scale: of scores; None: D^-1/2.
+        lists: blocks that tiles of queries see, `counts` tokens in them: for the kernels for Hopper
+            GPUs, which do the forward pass where they can. None: they are not asked.
     """
     words = None if valid is None else valid_words(valid)
-    out, _ = _forward(q, k, v, tiles, words, launches.pack(), scale)
+    out, _ = _forward(q, k, v, tiles, words, launches.pack(), scale, lists, counts)
     return out

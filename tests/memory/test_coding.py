@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from decmem.memory import PositionConfig, coding
+from decmem.memory.packing import Packing
 from decmem.memory.position import Position, make_position, seeing, time_rotation
 from decmem.ops import coding as kernels
 from decmem.ops.norm import rms_norm
@@ -19,6 +20,8 @@ GRID = (2, 3)
 # One place of the grid is left out: no whole number of the kernels' tiles of tokens.
 S = 5
 COORDINATES = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"), -1)
+# Four tokens in the five slots; the padding repeats one.
+PACKING = Packing(torch.tensor([0, 1, 1, 2, 3]), torch.tensor([0, 1, 3, 4]))
 LENS = torch.tensor([1.4, 2.1, 0.0, 0.0])
 
 POSITIONS = {
@@ -162,6 +165,38 @@ def test_decode(
         return [coding.decode(config, placed(one), near, *branch)]
 
     assert_alike(*both_ways(run, [near, far, gates, one.estimate], monkeypatch))
+
+
+@everywhere
+@every_position
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_tokens_in_fewer_places_than_slots(
+    made: Callable[..., Pass],
+    config: PositionConfig,
+    gate: str,
+    device: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There and back, outputs and gradients. Nothing asks for what padding holds."""
+    one, D, packing = made(config, device, dtype), config.head_dim, Packing(*to(device, *PACKING))
+    tokens = len(packing.kept)
+    qkv = one.qkv.detach()[:, :, :tokens].clone().requires_grad_()
+    near, far = (torch.randn(B, H, T, S, D).to(device, dtype).requires_grad_() for _ in range(2))
+    gates = torch.randn(B, T, tokens, H * D if gate == "channel" else H).to(device, dtype)
+    gates.requires_grad_()
+
+    def run() -> list[Tensor]:
+        coded = coding.encode(config, placed(one), qkv, one.gains, None, None, packing)
+        read = coding.decode(config, placed(one), near, far, gates, packing)
+        return [read, *(x[..., packing.kept, :] for x in coded if isinstance(x, Tensor))]
+
+    leaves = [qkv, one.gains, near, far, gates, one.estimate]
+    assert_alike(*both_ways(run, leaves, monkeypatch))
+
+
+def to(device: str, *tensors: Tensor) -> list[Tensor]:
+    return [x.to(device) for x in tensors]
 
 
 @everywhere

@@ -9,6 +9,8 @@ from decmem.ops.rotary import Rotation, rotation
 pytestmark = pytest.mark.interpreter
 GROUPS = [4, 4, 6, 2]
 RAW = ("test_schema", "test_faketensor")
+# Three slots of two tokens: the token of each, and the slots.
+PACKED = torch.tensor([0, 1, 1]), torch.tensor([0, 2])
 
 
 def turn(*shape: int) -> Rotation:
@@ -19,35 +21,39 @@ def turn(*shape: int) -> Rotation:
 @pytest.mark.parametrize("heads_last", [True, False], ids=["heads-last", "heads-first"])
 def test_encoding_passes_opcheck(local: bool, heads_last: bool) -> None:
     B, T, S, H = 1, 2, 3, 2
+    packed = PACKED if local else (None, None)
     given = (
-        torch.randn(B, T, S, 3 * H * 16, requires_grad=True),
+        torch.randn(B, T, 2 if local else S, 3 * H * 16, requires_grad=True),
         torch.rand(2, H, requires_grad=True),
         *(torch.randn(B, T, 4, 4) for _ in range(2)),
-        *turn(S, 2), *(x.requires_grad_() for x in turn(B, T, S, 3)), *turn(T, 1),
+        *turn(S, 2), *(x.requires_grad_() for x in turn(B, T, S, 3)), *turn(T, 1), *packed,
     )  # fmt: skip
     options = (GROUPS, local, True, heads_last)
     # Gradients and graphs, which take longest, once for either option.
     tests = {} if local == heads_last else {"test_utils": RAW}
     torch.library.opcheck(torch.ops.decmem.encode_heads, (*given, *options), **tests)
-    bare = [x.detach() for x in given]
+    bare = [None if x is None else x.detach() for x in given]
     out = torch.ops.decmem.encode_heads(*bare, *options)
     torch.library.opcheck(
         torch.ops.decmem.encode_heads_backward, (*bare, *out, *options), test_utils=RAW
     )
 
 
-@pytest.mark.parametrize("gates", [2, 32], ids=["per-head", "per-channel"])
-def test_decoding_passes_opcheck(gates: int) -> None:
+@pytest.mark.parametrize(
+    ("gates", "tokens"), [(2, 2), (32, 3)], ids=["per-head-packed", "per-channel"]
+)
+def test_decoding_passes_opcheck(gates: int, tokens: int) -> None:
     B, T, S, H = 1, 2, 3, 2
     given = (
         *(torch.randn(B, H, T, S, 16, requires_grad=True) for _ in range(2)),
-        torch.randn(B, T, S, gates, requires_grad=True),
+        torch.randn(B, T, tokens, gates, requires_grad=True),
         torch.randn(B, T, 4, 4),
         *turn(S, 2), *(x.requires_grad_() for x in turn(B, T, S, 3)),
+        PACKED[1] if tokens < S else None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.decmem.decode_heads, (*given, GROUPS))
-    bare = [x.detach() for x in given]
-    grad = torch.randn(B, T, S, H * 16)
+    bare = [None if x is None else x.detach() for x in given]
+    grad = torch.randn(B, T, tokens, H * 16)
     torch.library.opcheck(
         torch.ops.decmem.decode_heads_backward, (*bare, grad, GROUPS), test_utils=RAW
     )

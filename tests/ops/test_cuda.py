@@ -22,6 +22,7 @@ from decmem.ops import (
     sparse_backward_kernels,
     sparse_cuda_backward_kernels,
     sparse_cuda_kernels,
+    window_kernels,
 )
 
 SHAPES = {
@@ -362,6 +363,41 @@ def test_branches_side_by_side_are_what_they_are_apart(rowed: bool) -> None:
         for near, there in (*recorded, *(both() for _ in range(4))):
             assert torch.equal(near[:, :, :, kept], o_near)
             assert torch.equal(there, o_far)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("padded", [True, False])
+def test_windows_that_learn(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way there by these kernels, the way back by those of windows."""
+    monkeypatch.setattr(window_kernels, "forward", None)
+    T, S = 6, 192
+    tokens = torch.tensor([90, 96] if padded else [96, 96], dtype=torch.int32, device="cuda")
+    slots = torch.arange(S, device="cuda")
+    valid = slots % 96 < tokens[slots // 96]
+    leaves = [torch.randn(2, 3, T, S, 72, device="cuda").bfloat16() for _ in "qkv"]
+    leaves = [x.requires_grad_() for x in leaves]
+    table = torch.ones(T, T, dtype=torch.bool).tril().triu(-2)
+    windows = window.WindowTable(table)
+    windows.prepare(leaves[0], 2)
+    asked = (valid, "auto", tokens) if padded else ()
+    out = window.window_attention(*leaves, windows, *asked)
+    grad = torch.randn_like(out) * valid[:, None]
+    got = [out, *torch.autograd.grad(out, leaves, grad)]
+    mask = torch.kron(table.cuda(), valid.expand(S, S))
+
+    def dense(kind: torch.dtype) -> list[Tensor]:
+        same = [x.detach().to(kind).requires_grad_() for x in leaves]
+        q, k, v = (x.flatten(2, 3) for x in same)
+        o = F.scaled_dot_product_attention(q, k, v, mask).view_as(out)
+        return [o, *torch.autograd.grad(o, same, grad.to(kind))]
+
+    for ours, exact, plain in zip(got, dense(torch.float64), dense(torch.bfloat16), strict=True):
+        # Padding asks for nothing.
+        ours, exact, plain = (x[:, :, :, valid].detach() for x in (ours, exact, plain))
+        unit = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+        allowed = 2 * (plain - exact).abs().max() + unit
+        assert (ours - exact).abs().max() <= allowed
 
 
 @pytest.mark.gpu

@@ -64,9 +64,9 @@ def test_window_operators_pass_opcheck(padded: bool) -> None:
     scale = 0.2
 
     forward, backward = torch.ops.decmem.window_forward, torch.ops.decmem.window_backward
-    torch.library.opcheck(forward, (*inputs(True), scale))
+    torch.library.opcheck(forward, (*inputs(True), scale, None, None))
     arguments = inputs(False)
-    out, lse = forward(*arguments, scale)
+    out, lse = forward(*arguments, scale, None, None)
     tests = ("test_schema", "test_faketensor")
     given = (*arguments, out, lse, torch.ones_like(out), scale)
     torch.library.opcheck(backward, given, test_utils=tests)
