@@ -130,17 +130,17 @@ def _place(bt, s, T, S, H, D: tl.constexpr, HEADS_LAST: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _token_of(SOURCE, bt, s, S, TOKENS, ok, PACKED: tl.constexpr):
-    """Of slots their tokens, among those of all latents."""
+def _token_of(SOURCE, bt, s, TOKENS, ok, PACKED: tl.constexpr):
+    """Of slots their tokens, counted over all latents."""
     if PACKED:
-        return bt * TOKENS + tl.load(SOURCE + s, mask=ok, other=0)
-    return bt * S + s
+        s = tl.load(SOURCE + s, mask=ok, other=0).to(tl.int32)
+    return bt * TOKENS + s
 
 
 @triton.jit
 @no_type_check
-def _slot_of(KEPT, n, S, TOKENS, ok, PACKED: tl.constexpr):
-    """Of tokens, counted over all latents, these and their slots there."""
+def _slot_of(KEPT, n, TOKENS, ok, PACKED: tl.constexpr):
+    """Of tokens, counted over all latents, their latents and their slots there."""
     bt, s = n // TOKENS, n % TOKENS
     if PACKED:
         s = tl.load(KEPT + s, mask=ok, other=0).to(tl.int32)
@@ -180,7 +180,7 @@ def _encode_kernel(
     if CAMERA > 0:
         of_queries = _matrix(QUERY_MATRIX, bt, e, ok, CAMERA, True)
         of_keys = _matrix(KEY_MATRIX, bt, e, ok, CAMERA, False)
-    source = _token_of(SOURCE, bt, s, S, TOKENS, ok, PACKED).to(tl.int64) * (3 * H * D)
+    source = _token_of(SOURCE, bt, s, TOKENS, ok, PACKED).to(tl.int64) * (3 * H * D)
     target, step = _place(bt, s, T, S, H, D, HEADS_LAST)
     place, first = target + h * step, source + h * D
     # All reading from afar begins before the first store, behind which no load may slip.
@@ -230,7 +230,7 @@ def _encode_gradient_kernel(
     else as in `_encode_kernel`."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = n < N
-    bt, s = _slot_of(KEPT, n, S, TOKENS, ok, PACKED)
+    bt, s = _slot_of(KEPT, n, TOKENS, ok, PACKED)
     t, slot = bt % T, bt * S + s
     d, e = tl.arange(0, WIDTH), tl.arange(0, E)
     partner, sign, pair = _pairs(d, CAMERA, SPACE, SURFACE, TIME)
@@ -336,7 +336,7 @@ def _decode_kernel(
     n = tl.program_id(0) + tl.arange(0, 1)
     h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     ok, live = n < N, h < H
-    bt, s = _slot_of(KEPT, n, S, TOKENS, ok, PACKED)
+    bt, s = _slot_of(KEPT, n, TOKENS, ok, PACKED)
     d, e = tl.arange(0, WIDTH), tl.arange(0, E)
     partner, sign, pair = _pairs(d, CAMERA, SPACE, SURFACE, TIME)
     behind, ahead = (d >= CAMERA) & (d < D), e < CAMERA
@@ -373,7 +373,7 @@ def _decode_gradient_kernel(
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ok = n < N
-    bt, s = _slot_of(KEPT, n, S, TOKENS, ok, PACKED)
+    bt, s = _slot_of(KEPT, n, TOKENS, ok, PACKED)
     slot = bt * S + s
     d, e = tl.arange(0, WIDTH), tl.arange(0, E)
     partner, sign, pair = _pairs(d, CAMERA, SPACE, SURFACE, TIME)
