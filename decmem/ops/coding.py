@@ -146,7 +146,7 @@ def _encode_backward(
     S = N if source is None else len(source)
     out = torch.empty_like(qkv)
     parts = qkv.new_empty((programs, 2, H) if gains is not None else (0,), dtype=torch.float32)
-    cos_grad, sin_grad = _surface_grads(qkv, S, surface_cos, groups)
+    cos_grad, sin_grad = _surface_grads(surface_cos, kept, groups, qkv)
     _encode_gradient_kernel[(programs,)](
         qkv, gains, query_matrix, key_matrix, space_cos, space_sin, surface_cos, surface_sin,
         time_cos, time_sin, kept, dq, dk, dv, local_dq, local_dk, out, parts, cos_grad, sin_grad,
@@ -158,12 +158,12 @@ def _encode_backward(
 
 
 def _surface_grads(
-    x: Tensor, S: int, surface: Tensor | None, groups: list[int]
+    surface: Tensor | None, kept: Tensor | None, groups: list[int], like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Room for gradients of the surface's rotation, a number for each of a pair's two channels; of
     slots, 0 where no token is."""
-    shape = (0,) if surface is None else (*x.shape[:2], S, groups[2])
-    make = x.new_empty if x.shape[2] == S else x.new_zeros
+    shape = (0,) if surface is None else (*surface.shape[:-1], groups[2])
+    make = like.new_empty if kept is None else like.new_zeros
     return make(shape, dtype=torch.float32), make(shape, dtype=torch.float32)
 
 
@@ -182,8 +182,7 @@ def _(
     H = qkv.shape[3] // (3 * sum(groups))
     shape = (0,) if gains is None else (-(-tokens // _ROWS), 2, H)
     parts = qkv.new_empty(shape, dtype=torch.float32)
-    S = qkv.shape[2] if source is None else len(source)
-    return torch.empty_like(qkv), parts, *_surface_grads(qkv, S, surface_cos, groups)
+    return torch.empty_like(qkv), parts, *_surface_grads(surface_cos, kept, groups, qkv)
 
 
 def _encode_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -250,7 +249,7 @@ def _decode_backward(
 
     B, H, T, S, D = o.shape
     tokens, programs, constants = _grid(grad, groups)
-    cos_grad, sin_grad = _surface_grads(grad, S, surface_cos, groups)
+    cos_grad, sin_grad = _surface_grads(surface_cos, kept, groups, grad)
     make = torch.empty_like if kept is None else torch.zeros_like
     do, dfar = make(o), o.new_empty(0) if far is None else make(far)
     dgate = o.new_empty((0,) if gate is None else gate.shape)
@@ -266,7 +265,7 @@ def _decode_backward(
 @_decode_backward.register_fake
 def _(o, far, gate, matrix, space_cos, space_sin, surface_cos, surface_sin, kept, grad, groups):
     rest = (o.new_empty((0,) if x is None else x.shape) for x in (far, gate))
-    return torch.empty_like(o), *rest, *_surface_grads(grad, o.shape[3], surface_cos, groups)
+    return torch.empty_like(o), *rest, *_surface_grads(surface_cos, kept, groups, grad)
 
 
 def _decode_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
