@@ -143,15 +143,27 @@ def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def attend_rows(
         q: Tensor, k: Tensor, v: Tensor, lists: Tensor, counts: Tensor, rows: Tensor,
-        scale: float | None,
+        lines: int = 0, scale: float | None = None,
     ) -> Tensor:  # fmt: skip
         there = rows[..., 0] >= 0
         queries = torch.where(there[..., None], q[:, :, rows[..., 0].clamp(min=0)], 0.0)
         got = block_sparse_attention(queries, k, v, lists, counts, scale, backend="gather")
-        out = torch.full_like(q, float("nan"))  # nobody may read what is not a token's
+        # Nobody may read what is not a token's.
+        out = q.new_full((*q.shape[:2], lines or q.shape[2], q.shape[3]), float("nan"))
         out[:, :, rows[..., 1][there].long()] = got[:, :, there]
-        return out
+        return out.transpose(1, 2) if lines else out
+
+    def attend_both(
+        q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor | None, far: Tensor,
+        counts: Tensor, scale: float | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert rows is not None
+        blocks = q.unflatten(2, (far.shape[2], -1))
+        o_far = block_sparse_attention(blocks, k, v, far, counts, scale, backend="gather")
+        return attend_rows(q, k, v, near, counts, rows, scale=scale), o_far.view_as(q)
 
     monkeypatch.setattr(sparse_kernels, "rows_attention", attend_rows)
+    monkeypatch.setattr(sparse_kernels, "near_and_far_attention", attend_both)
+    monkeypatch.setattr(sparse_kernels, "hopper_obstacle", lambda *asked: None)
     monkeypatch.setattr(engine, "hopper_tiles", tiles)
     monkeypatch.setattr(window, "block_sparse_attention", attend)

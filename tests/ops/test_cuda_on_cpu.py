@@ -1,16 +1,19 @@
 """Kernels in CUDA C++ but those of Hopper, run by a CPU, against the definition."""
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from decmem.memory import PositionConfig
+from decmem.memory import PositionConfig, decoupled, layout
 from decmem.memory import coding as definition
 from decmem.memory.packing import Packing, spread
 from decmem.memory.position import Position, make_position, seeing
+from decmem.model import block
 from decmem.ops import coding, coding_inference, selection
 from decmem.ops.fp8 import fp8_rows
 from decmem.ops.rotary import Rotation, rotate_pairs, rotation
@@ -20,6 +23,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is for Linux and Wind
 from decmem.ops import coding_cuda_kernels, readers_cuda_kernels, selection_cuda_kernels
 from decmem.ops.cuda_module import texts
 
+from ..dreams import PAPER, awake, dreamt, sampler_of
 from .cuda_on_cpu import KernelOnCpu
 from .test_readers import SHAPES, assert_turned_round, lists_of
 
@@ -207,3 +211,42 @@ def test_encoding_of_packed_tokens(heads_last: bool) -> None:
         wanted = wanted if way is None else rotate_pairs(wanted, way)
         heads_first = got.movedim(3, 1) if heads_last else got
         torch.testing.assert_close(heads_first.float(), wanted, atol=1e-2, rtol=2.0**-7)
+
+
+@pytest.mark.usefixtures("windows_in_the_bank", "on_cpu")
+def test_a_roll_out_by_kernels_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper GPU, whose attention is stood in for: what the model hands to kernels, and
+    what it does with what they return. In 16 bits a rounding may choose another block."""
+    position = PositionConfig(camera=8, space=8, surface=12, time=4)
+    config = dataclasses.replace(PAPER, width=64, position=position)
+    model = awake(config)
+
+    def dream(graphs: str) -> Tensor:
+        sampler = sampler_of(model, 1, graphs=graphs, room=30)
+        return dreamt(dataclasses.replace(sampler, dtype=torch.bfloat16), chunks=1)[0]
+
+    with monkeypatch.context() as without:
+        without.setattr(coding_inference, "coding_cuda_kernels", None)
+        plain = dream("off")
+    monkeypatch.setattr(coding, "kernels_serve", lambda x: True)
+    monkeypatch.setattr(block, "hopper_serves_inside", lambda *asked: True)
+    monkeypatch.setattr(layout, "tile_rows", lambda slots: 8)
+    served = Counter()
+
+    def count(owner: ModuleType, name: str) -> None:
+        work = getattr(owner, name)
+
+        def counted(*given: object, **more: object) -> object:
+            served[name] += 1
+            return work(*given, **more)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    kernels = coding_cuda_kernels, coding_cuda_kernels, block, decoupled
+    names = "run_encode", "run_decode", "attention_inside", "tiled_near_and_far"
+    for owner, name in zip(kernels, names, strict=True):
+        count(owner, name)
+    got = dream("eager")
+    assert set(served) == set(names)
+    assert plain.std() > 0.1
+    assert (got - plain).abs().mean() < 0.05 * plain.std()
