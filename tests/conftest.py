@@ -154,10 +154,9 @@ def windows_in_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.transpose(1, 2) if lines else out
 
     def attend_both(
-        q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor | None, far: Tensor,
+        q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor, far: Tensor,
         counts: Tensor, scale: float | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        assert rows is not None
         blocks = q.unflatten(2, (far.shape[2], -1))
         o_far = block_sparse_attention(blocks, k, v, far, counts, scale, backend="gather")
         return attend_rows(q, k, v, near, counts, rows, scale=scale), o_far.view_as(q)

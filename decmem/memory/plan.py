@@ -104,18 +104,24 @@ class Plan:
     cursor: Cursor | None = None
     _forms: dict = field(default_factory=dict, compare=False, repr=False)
 
-    def prepare(self, blocks: int, q: Float[Tensor, "B H T S D"]) -> None:
+    def prepare(
+        self,
+        blocks: int,
+        q: Float[Tensor, "B H T S D"],
+        counts: Int[Tensor, "M"] | None = None,
+    ) -> None:
         """Makes every form the layers will ask for, so that compiled blocks find them made.
 
         Args:
             blocks: of a latent. q: of the shape, type and device of the layers' queries.
+            counts: tokens of a latent's blocks; None: all slots hold one.
         """
         if self.cursor is not None:
             # Once a pass, by the device's count as it is by then.
             seen = _of_blocks(self.cursor.candidates(), blocks)
             self._forms[blocks, q.device] = seen[0] if self.rows == 1 else seen[:, None]
         self.block_candidates(blocks, q.device)
-        self.windows.prepare(q, blocks)
+        self.windows.prepare(q, counts)
 
     @property
     def rows(self) -> int:

@@ -283,7 +283,8 @@ class WorldModel(nn.Module):
         time = self.time(t)
         scales = self._scales(time)
         in_slots = x[:, :, :1].expand(-1, -1, self.layout.S, -1)
-        plan.prepare(self.layout.M, heads_first(in_slots, self.config.position.head_dim))
+        queries = heads_first(in_slots, self.config.position.head_dim)
+        plan.prepare(self.layout.M, queries, self.layout.counts)
         # A write pass predicts nothing: of the last layer its keys and values are enough.
         writes = bank is not None and plan.predicted == latents.shape[1]
         more: Tensor | None = None  # what is still to be added to the tokens

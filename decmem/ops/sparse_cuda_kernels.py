@@ -173,16 +173,12 @@ def run_rows(
 
 
 def run_near_and_far(
-    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor | None, far: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor, far: Tensor,
     valid: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As the operator `decmem::near_and_far`."""
-    if rows is None:
-        tiles = q.unflatten(2, (near.shape[2], -1))
-        o_near = run_forward(tiles, k, v, near, valid, scale)[0].view_as(q)
-    else:
-        o_near = run_rows(q, k, v, near, valid, scale, rows)
-    o_far, _ = run_forward(
-        q.unflatten(2, (far.shape[2], -1)), k, v, far, valid, scale, early=True
-    )  # fmt: skip
+    # What the first kernel writes is held: the second is given its room while that may still run.
+    o_near = run_rows(q, k, v, near, valid, scale, rows)
+    blocks = q.unflatten(2, (far.shape[2], -1))
+    o_far, _ = run_forward(blocks, k, v, far, valid, scale, early=True)
     return o_near, o_far.view_as(q)

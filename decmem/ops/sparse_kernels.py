@@ -116,7 +116,7 @@ def _(q, k, v, lists, valid, scale, rows, lines):
 # Without gradients, for the kernels for Hopper GPUs alone.
 @torch.library.custom_op("decmem::near_and_far", mutates_args=())
 def _near_and_far(
-    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor | None, far: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor, far: Tensor,
     valid: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     assert sparse_cuda_kernels is not None
@@ -219,7 +219,7 @@ def rows_attention(
 
 
 def near_and_far_attention(
-    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor | None, far: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, near: Tensor, rows: Tensor, far: Tensor,
     valid: Tensor | None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both branches of a decoupled memory. The second kernel begins where the first, at its end,
@@ -228,7 +228,7 @@ def near_and_far_attention(
     Args:
         q: (B, H, L, D), lines of each head.
         near: (1, 1, tiles, K), what the tiles of the window see.
-        rows: of these tiles, as of `rows_attention`; None: they lie side by side.
+        rows: of these tiles, as of `rows_attention`.
         far: (#B, G, Nq, K), what blocks of queries, which lie side by side, have retrieved.
 
     Returns:

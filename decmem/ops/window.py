@@ -125,21 +125,21 @@ class WindowTable:
         return self._forms[form]  # pyright: ignore[reportReturnType]
 
     def hopper_lists(
-        self, q: Float[Tensor, "B H Tq S D"], size: int
+        self, q: Float[Tensor, "B H Tq S D"], counts: Int[Tensor, " M"] | None
     ) -> Int[Tensor, "1 1 tiles K"] | None:
-        """`tile_lists` of queries that lie like `q`, and of blocks of `size` keys."""
+        """`tile_lists` of queries that lie like `q`, and of blocks with such `counts`."""
         S = q.shape[3]
-        rows = tile_rows(q.shape[2] * S)
+        rows, size = tile_rows(q.shape[2] * S), block_size(S, counts)
         return self.tile_lists(S, rows, S // size, q.device) if rows and size else None
 
-    def prepare(self, q: Float[Tensor, "B H Tq S D"], blocks: int = 1) -> None:
-        """Makes what `window_attention` will ask for with queries like these, of latents of so many
-        blocks."""
+    def prepare(
+        self, q: Float[Tensor, "B H Tq S D"], counts: Int[Tensor, " M"] | None = None
+    ) -> None:
+        """Makes what `window_attention` will ask for with queries like these and such `counts`."""
         if choose_backend("auto", q) == "triton":
             if self.few_runs:
                 self.tiles(choose_launches(q), q.shape[3], q.device)
-                for size in {q.shape[3] // blocks, block_size(q.shape[3], None)}:
-                    self.hopper_lists(q, size)
+                self.hopper_lists(q, counts)
             else:
                 self.rows(q.device)
 
@@ -181,7 +181,7 @@ def window_attention(
             k, v = k[:, :, :Tk], v[:, :, :Tk]
         launches = choose_launches(q)
         tiles = windows.tiles(launches, S, q.device)
-        lists = windows.hopper_lists(q, block_size(S, counts)) if kernels else None
+        lists = windows.hopper_lists(q, counts) if kernels else None
         return window_kernels.window_attention(
             q, k, v, tiles, valid, launches, scale, lists, counts
         )
@@ -288,7 +288,7 @@ def tiled_near_and_far(
 ) -> tuple[Float[Tensor, "B H Tq S D"], Float[Tensor, "B H Tq S D"]] | None:
     """`tiled_attention`, and that of the latents' M blocks over their `lists`, the second where the
     first leaves the GPU idle; None where kernels do not do both."""
-    if counts is None or not lists.shape[-1] or k.dtype != q.dtype:
+    if counts is None or tiles.rows is None or not lists.shape[-1] or k.dtype != q.dtype:
         return None
     from decmem.ops.sparse_kernels import hopper_obstacle, near_and_far_attention
 
@@ -359,7 +359,7 @@ def _for_hopper(
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if learning or torch.compiler.is_compiling():
         return None
-    lists = windows.hopper_lists(q, block_size(q.shape[3], counts))
+    lists = windows.hopper_lists(q, counts)
     if lists is None:
         return None
     from decmem.ops.sparse_kernels import hopper_obstacle

@@ -11,7 +11,7 @@ from torch import Tensor
 from decmem.ops import coding_inference, reference, window
 from decmem.ops.block_sparse import block_sparse_attention
 from decmem.ops.sparse_tiles import CudaTiles, cuda_key_tiles, cuda_query_tiles, cuda_tiles
-from decmem.ops.window_blocks import tile_lists, token_rows
+from decmem.ops.window_blocks import token_rows
 
 if find_spec("triton") is None or find_spec("cuda") is None:
     pytest.skip("needs triton and cuda-bindings", allow_module_level=True)
@@ -327,8 +327,7 @@ def test_rows_may_lie_anywhere(D: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("rowed", [True, False])
-def test_branches_side_by_side_are_what_they_are_apart(rowed: bool) -> None:
+def test_branches_side_by_side_are_what_they_are_apart() -> None:
     """Also recorded, where the one launch after the other is an edge of its own kind."""
     B, H, T, M = 2, 3, 4, 6
     q, k, v, _ = inputs(B, H, 1, T * M, 160, 20 * M, 160, 72, 8, B, torch.bfloat16)
@@ -338,13 +337,7 @@ def test_branches_side_by_side_are_what_they_are_apart(rowed: bool) -> None:
     kept = (torch.arange(960) % 160 < counts.cpu()[torch.arange(960) // 160]).nonzero().flatten()
     table = torch.ones(T, 20, dtype=torch.bool)
     table[:, 12:] = False
-    if rowed:
-        tiles = window.Tiles.of_tokens(window.WindowTable(table), kept, 960, 192, M)
-    else:
-        lists = tile_lists(table, 960, 192, M)
-        assert lists is not None
-        tiles = window.Tiles(lists, None)
-    tiles = tiles.on(q.device)
+    tiles = window.Tiles.of_tokens(window.WindowTable(table), kept, 960, 192, M).on(q.device)
     far = torch.rand(B, H, T * M, 20 * M, device="cuda").topk(80).indices.sort(-1).values.int()
 
     def both() -> tuple[Tensor, Tensor]:
@@ -379,7 +372,7 @@ def test_windows_that_learn(padded: bool, monkeypatch: pytest.MonkeyPatch) -> No
     leaves = [x.requires_grad_() for x in leaves]
     table = torch.ones(T, T, dtype=torch.bool).tril().triu(-2)
     windows = window.WindowTable(table)
-    windows.prepare(leaves[0], 2)
+    windows.prepare(leaves[0], tokens if padded else None)
     asked = (valid, "auto", tokens) if padded else ()
     out = window.window_attention(*leaves, windows, *asked)
     grad = torch.randn_like(out) * valid[:, None]
